@@ -1,0 +1,45 @@
+"""Runs the package's commands, and any Python script with the Dense2Net models registered in timm.
+
+    python -m timm_dense2net SCRIPT ARGS...                       e.g. timm's validate.py
+    torchrun --nproc-per-node 4 -m timm_dense2net train.py ...    the same in every worker
+    python -m timm_dense2net COMMAND --help
+"""
+import importlib
+import runpy
+import sys
+from pathlib import Path
+
+COMMANDS = {}
+
+
+def _usage() -> str:
+    return f'usage: python -m timm_dense2net SCRIPT ARGS...\n       python -m timm_dense2net {{{",".join(COMMANDS)}}} ...'
+
+
+def run_script(script: str, args: list[str]) -> None:
+    """Run a Python script as ``python script args...`` would, after registering the models."""
+    importlib.import_module('timm_dense2net')
+    # The script finds modules beside itself, as it would when started directly.
+    sys.path[0] = str(Path(script).resolve().parent)
+    sys.argv = [script, *args]
+    runpy.run_path(script, run_name='__main__')
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command or script; returns the exit code."""
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ('-h', '--help'):
+        print(_usage())
+        return 0 if argv else 2
+    name, args = argv[0], argv[1:]
+    if name in COMMANDS:
+        return importlib.import_module(f'timm_dense2net.{COMMANDS[name]}').main(args)
+    if not Path(name).is_file():
+        print(f"error: '{name}' is neither a command nor a script that exists\n{_usage()}", file=sys.stderr)
+        return 2
+    run_script(name, args)
+    return 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())

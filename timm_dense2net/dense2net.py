@@ -1,0 +1,660 @@
+"""Dense2Net: the Res2Net hierarchy of small convolutions inside every DenseNet-BC layer.
+
+Papers:
+    * `Densely Connected Convolutional Networks` - https://arxiv.org/abs/1608.06993
+    * `Res2Net: A New Multi-scale Backbone Architecture` - https://arxiv.org/abs/1904.01169
+    * `Dense2Net: A Hybrid DenseNet/Res2Net Architecture`, N. Starliper and T. Songkakul (slides), which joins the two
+"""
+from collections import OrderedDict
+from contextlib import contextmanager, nullcontext
+from typing import Any, Dict, Iterator, List, Optional, Tuple, Type, Union
+
+import torch
+import torch.nn as nn
+from torch.utils.checkpoint import checkpoint
+
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import (
+    DropPath,
+    LayerType,
+    calculate_drop_path_rates,
+    create_attn,
+    create_classifier,
+    create_conv2d,
+    get_device_dtype,
+    get_norm_act_layer,
+)
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models._features import feature_take_indices
+from timm.models._manipulate import MATCH_PREV_GROUP
+
+__all__ = ['Dense2Net', 'SplitHierarchyConv2d']
+
+CIFAR100_MEAN = (0.50707516, 0.48654887, 0.44091784)
+CIFAR100_STD = (0.26733429, 0.25643846, 0.27615047)
+
+
+@torch.fx.wrap
+def _check_input(x: torch.Tensor, in_chans: int, min_size: int) -> None:
+    # A leaf for fx: shapes of a traced tensor have no truth value. torch.export gets its bounds from the caller.
+    if not torch.jit.is_scripting() and torch.compiler.is_exporting():
+        return
+    if x.ndim != 4 or x.shape[1] != in_chans:
+        raise ValueError(f'expected input of shape (N, {in_chans}, H, W), got {list(x.shape)}')
+    if min(x.shape[2], x.shape[3]) < min_size:
+        raise ValueError(
+            f'input of {x.shape[2]}x{x.shape[3]} is too small for the strides of this network: '
+            f'at least {min_size}x{min_size} is needed')
+
+
+def _check_positive(**values: int) -> None:
+    for name, value in values.items():
+        if value < 1:
+            raise ValueError(f'{name} must be at least 1, got {value}')
+
+
+class SplitHierarchyConv2d(nn.Module):
+    r"""Hierarchy of 3x3 convolutions over channel splits, from Res2Net in the form of the Dense2Net slides.
+
+    The input is split into ``scale`` = s equal groups of channels :math:`x_1 \dots x_s`, and
+
+    .. math:: y_1 = x_1, \qquad y_i = K_i(x_i + y_{i-1}) \quad 1 < i \le s
+
+    where :math:`K_i` is convolution (no bias), norm, activation. The output is the concatenation of
+    :math:`y_1 \dots y_s`; nothing follows it.
+
+    This differs from the Res2Net paper and from timm's ``res2net.py`` in two ways: they add nothing at i = 2 (here the
+    untouched first split is added), and timm leaves the last split untouched, not the first. With ``scale=1`` the
+    formula leaves the input as it is, so the layer has no parameters.
+
+    Shape: (N, channels, H, W) -> (N, channels, H, W).
+
+    Args:
+        channels: Input and output channels.
+        scale: Number of channel splits s.
+        groups: Convolution groups within each split (cardinality).
+        kernel_size: Convolution kernel size.
+        dilation: Convolution dilation.
+        act_layer: Activation, by name or class.
+        norm_layer: Normalization, by name or class.
+        device: Device of the parameters.
+        dtype: Dtype of the parameters.
+
+    Raises:
+        ValueError: If scale or groups are below 1, scale does not divide the channels, or groups do not divide a
+            split; in ``forward``, if the input has other than ``channels`` channels.
+    """
+
+    def __init__(
+            self,
+            channels: int,
+            scale: int = 4,
+            groups: int = 1,
+            kernel_size: int = 3,
+            dilation: int = 1,
+            act_layer: LayerType = 'relu',
+            norm_layer: LayerType = 'batchnorm2d',
+            device=None,
+            dtype=None,
+    ) -> None:
+        dd = {'device': device, 'dtype': dtype}
+        super().__init__()
+        _check_positive(channels=channels, scale=scale, groups=groups)
+        if channels % scale:
+            raise ValueError(f'{channels} channels cannot be split by scale {scale}: scale must divide the channels')
+        width = channels // scale
+        if width % groups:
+            raise ValueError(
+                f'{width} channels a split ({channels} channels at scale {scale}) cannot be divided in {groups} '
+                f'groups: groups must divide {width}')
+        norm_act_layer = get_norm_act_layer(norm_layer, act_layer=act_layer)
+        self.channels = channels
+        self.scale = scale
+        self.width = width
+        self.convs = nn.ModuleList([
+            create_conv2d(width, width, kernel_size, dilation=dilation, groups=groups, **dd)
+            for _ in range(scale - 1)])
+        self.norms = nn.ModuleList([norm_act_layer(width, **dd) for _ in range(scale - 1)])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        _check_input(x, self.channels, 1)
+        splits = torch.split(x, self.width, 1)
+        y = splits[0]
+        outputs = [y]
+        for i, (conv, norm) in enumerate(zip(self.convs, self.norms)):
+            y = norm(conv(splits[i + 1] + y))
+            outputs.append(y)
+        return torch.cat(outputs, 1)
+
+
+@contextmanager
+def _running_stats_frozen(module: nn.Module) -> Iterator[None]:
+    # Recomputing a layer must not count its batch a second time in the running statistics.
+    tracking = [m for m in module.modules() if getattr(m, 'track_running_stats', False)]
+    for m in tracking:
+        m.track_running_stats = False
+    try:
+        yield
+    finally:
+        for m in tracking:
+            m.track_running_stats = True
+
+
+class DenseLayer(nn.Module):
+    """Dense layer: pre-activation 1x1 bottleneck, then the split hierarchy and a linear 1x1 convolution.
+
+    With ``scale=None`` one 3x3 convolution takes the place of hierarchy and second 1x1 convolution: DenseNet-BC's layer.
+
+    Shape: list of (N, C_i, H, W), with C_i adding up to ``in_chs`` -> (N, growth_rate, H, W).
+    """
+
+    def __init__(
+            self,
+            in_chs: int,
+            growth_rate: int,
+            bn_size: int = 4,
+            scale: Optional[int] = 4,
+            cardinality: int = 1,
+            attn_layer: Optional[str] = None,
+            act_layer: LayerType = 'relu',
+            norm_layer: LayerType = 'batchnorm2d',
+            drop_path: float = 0.,
+            device=None,
+            dtype=None,
+    ) -> None:
+        dd = {'device': device, 'dtype': dtype}
+        super().__init__()
+        norm_act_layer = get_norm_act_layer(norm_layer, act_layer=act_layer)
+        mid_chs = bn_size * growth_rate
+        self.norm1 = norm_act_layer(in_chs, **dd)
+        self.conv1 = create_conv2d(in_chs, mid_chs, 1, **dd)
+        self.norm2 = norm_act_layer(mid_chs, **dd)
+        if scale is None:
+            self.conv2 = create_conv2d(mid_chs, growth_rate, 3, groups=cardinality, **dd)
+            self.conv3 = nn.Identity()
+        else:
+            self.conv2 = SplitHierarchyConv2d(
+                mid_chs, scale, groups=cardinality, act_layer=act_layer, norm_layer=norm_layer, **dd)
+            self.conv3 = create_conv2d(mid_chs, growth_rate, 1, **dd)
+        attn = create_attn(attn_layer, growth_rate, **dd)
+        self.attn = nn.Identity() if attn is None else attn
+        self.drop_path = DropPath(drop_path) if drop_path > 0. else nn.Identity()
+        self.grad_checkpointing = False
+
+    def _new_features(self, features: List[torch.Tensor]) -> torch.Tensor:
+        x = self.conv1(self.norm1(torch.cat(features, 1)))
+        x = self.conv3(self.conv2(self.norm2(x)))
+        return self.drop_path(self.attn(x))
+
+    @torch.jit.unused
+    def _new_features_checkpointed(self, features: List[torch.Tensor]) -> torch.Tensor:
+        # Only the list is kept: the concatenation, the widest tensor of the layer, is made again in backward.
+        def run(*xs: torch.Tensor) -> torch.Tensor:
+            return self._new_features(list(xs))
+
+        if torch.compiler.is_compiling():  # the compiler takes no context, and recomputes without side effects
+            return checkpoint(run, *features, use_reentrant=False)
+        return checkpoint(
+            run, *features, use_reentrant=False, context_fn=lambda: (nullcontext(), _running_stats_frozen(self)))
+
+    def forward(self, features: List[torch.Tensor]) -> torch.Tensor:
+        if self.grad_checkpointing and not torch.jit.is_scripting():
+            return self._new_features_checkpointed(features)
+        return self._new_features(features)
+
+
+class DenseBlock(nn.ModuleDict):
+    """Dense layers, each of which sees the block's input and the new features of all layers before it.
+
+    Shape: (N, in_chs, H, W) -> (N, in_chs + num_layers * growth_rate, H, W).
+    """
+
+    def __init__(self, num_layers: int, in_chs: int, growth_rate: int, drop_path: List[float], **layer_kwargs) -> None:
+        super().__init__()
+        for i in range(num_layers):
+            self.add_module(f'denselayer{i + 1}', DenseLayer(
+                in_chs + i * growth_rate, growth_rate, drop_path=drop_path[i], **layer_kwargs))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        features = [x]
+        for layer in self.values():
+            features.append(layer(features))
+        return torch.cat(features, 1)
+
+
+class DenseTransition(nn.Sequential):
+    """Norm, activation and 1x1 convolution to ``out_chs`` channels, then 2x2 average pooling."""
+
+    def __init__(self, in_chs: int, out_chs: int, norm_act_layer: Type[nn.Module], device=None, dtype=None) -> None:
+        dd = {'device': device, 'dtype': dtype}
+        super().__init__(OrderedDict([
+            ('norm', norm_act_layer(in_chs, **dd)),
+            ('conv', create_conv2d(in_chs, out_chs, 1, **dd)),
+            ('pool', nn.AvgPool2d(kernel_size=2, stride=2)),
+        ]))
+
+
+def _create_stem(
+        stem_type: str,
+        in_chans: int,
+        out_chs: int,
+        norm_act_layer: Type[nn.Module],
+        device=None,
+        dtype=None,
+) -> Tuple['OrderedDict[str, nn.Module]', str, int]:
+    """Layers of the stem, the name of the one whose output is feature 0 and that output's stride."""
+    dd = {'device': device, 'dtype': dtype}
+    if stem_type == 'cifar':
+        return OrderedDict(conv0=create_conv2d(in_chans, out_chs, 3, **dd)), 'conv0', 1
+    if stem_type == '':
+        layers = OrderedDict(conv0=create_conv2d(in_chans, out_chs, 7, stride=2, **dd), norm0=norm_act_layer(out_chs, **dd))
+    elif stem_type == 'deep':
+        layers = OrderedDict()
+        chs = [in_chans, out_chs // 2, out_chs // 2, out_chs]
+        for i in range(3):
+            layers[f'conv{i}'] = create_conv2d(chs[i], chs[i + 1], 3, stride=2 if i == 0 else 1, **dd)
+            layers[f'norm{i}'] = norm_act_layer(chs[i + 1], **dd)
+    else:
+        raise ValueError(f"unknown stem_type '{stem_type}': it must be 'cifar', '' or 'deep'")
+    feature_name = next(reversed(layers))
+    layers['pool0'] = nn.MaxPool2d(kernel_size=3, stride=2, padding=1)
+    return layers, feature_name, 2
+
+
+class Dense2Net(nn.Module):
+    """Dense2Net, and with ``scale=None`` DenseNet-BC.
+
+    Shape: (N, in_chans, H, W) -> (N, num_classes), for H and W from ``min_size`` up.
+
+    Args:
+        growth_rate: New feature channels of each dense layer (k in the DenseNet paper).
+        block_config: Number of dense layers in each block; a transition halves channels and size between blocks.
+        num_classes: Number of classes, 0 for no classifier.
+        in_chans: Number of input channels.
+        global_pool: Global pooling type.
+        bn_size: Width of the bottleneck, in multiples of the growth rate.
+        scale: Number of splits of the hierarchy (s in the Res2Net paper), None for one 3x3 convolution in its place.
+        cardinality: Groups of each 3x3 convolution.
+        attn_layer: Attention on each layer's new features, by timm's name ('se', 'eca', ...).
+        stem_type: 'cifar' (one 3x3 convolution at stride 1), '' (7x7 and pooling, stride 4) or 'deep' (three 3x3 and
+            pooling, stride 4).
+        act_layer: Activation, by timm's name.
+        norm_layer: Normalization, by timm's name.
+        drop_rate: Dropout rate before the classifier.
+        drop_path_rate: Stochastic depth rate on each layer's new features, rising linearly with depth to this value.
+        device: Device of the parameters.
+        dtype: Dtype of the parameters.
+
+    Raises:
+        ValueError: If a size is below 1, the bottleneck cannot be split as asked, or the stem is unknown; in
+            ``forward``, if the input has other than ``in_chans`` channels or is too small for the strides.
+    """
+
+    def __init__(
+            self,
+            growth_rate: int = 32,
+            block_config: Tuple[int, ...] = (6, 12, 24, 16),
+            num_classes: int = 100,
+            in_chans: int = 3,
+            global_pool: str = 'avg',
+            bn_size: int = 4,
+            scale: Optional[int] = 4,
+            cardinality: int = 1,
+            attn_layer: Optional[str] = None,
+            stem_type: str = 'cifar',
+            act_layer: str = 'relu',
+            norm_layer: str = 'batchnorm2d',
+            drop_rate: float = 0.,
+            drop_path_rate: float = 0.,
+            device=None,
+            dtype=None,
+    ) -> None:
+        dd = {'device': device, 'dtype': dtype}
+        super().__init__()
+        _check_positive(growth_rate=growth_rate, bn_size=bn_size, in_chans=in_chans, cardinality=cardinality)
+        if not block_config or min(block_config) < 1:
+            raise ValueError(f'block_config must name at least one layer a block, got {tuple(block_config)}')
+        norm_act_layer = get_norm_act_layer(norm_layer, act_layer=act_layer)
+        self.num_classes = num_classes
+        self.in_chans = in_chans
+
+        num_features = 2 * growth_rate
+        layers, stem_feature, reduction = _create_stem(stem_type, in_chans, num_features, norm_act_layer, **dd)
+        self.features = nn.Sequential(layers)
+        self.feature_info = [dict(num_chs=num_features, reduction=reduction, module=f'features.{stem_feature}')]
+        if 'pool0' in layers:
+            reduction *= 2
+        # The stem rounds sizes up, the pooling of each transition rounds them down.
+        self.min_size = reduction * (2 ** (len(block_config) - 1) - 1) + 1
+
+        last = len(block_config) - 1
+        drop_path_rates = calculate_drop_path_rates(drop_path_rate, list(block_config), stagewise=True)
+        for i, num_layers in enumerate(block_config):
+            self.features.add_module(f'denseblock{i + 1}', DenseBlock(
+                num_layers,
+                num_features,
+                growth_rate,
+                drop_path=drop_path_rates[i],
+                bn_size=bn_size,
+                scale=scale,
+                cardinality=cardinality,
+                attn_layer=attn_layer,
+                act_layer=act_layer,
+                norm_layer=norm_layer,
+                **dd,
+            ))
+            num_features += num_layers * growth_rate
+            feature = f'denseblock{i + 1}' if i < last else 'norm5'
+            self.feature_info.append(dict(num_chs=num_features, reduction=reduction, module=f'features.{feature}'))
+            if i < last:
+                self.features.add_module(
+                    f'transition{i + 1}', DenseTransition(num_features, num_features // 2, norm_act_layer, **dd))
+                num_features //= 2
+                reduction *= 2
+        # Named as in timm's and torchvision's DenseNet, whatever the number of blocks: weights move between them.
+        self.features.add_module('norm5', norm_act_layer(num_features, **dd))
+        names = [name for name, _ in self.features.named_children()]
+        self.feature_ends = [names.index(info['module'].split('.')[1]) for info in self.feature_info]
+
+        self.num_features = num_features
+        self.global_pool, self.classifier = create_classifier(num_features, num_classes, pool_type=global_pool, **dd)
+        self.head_hidden_size = num_features * self.global_pool.feat_mult()
+        self.head_drop = nn.Dropout(drop_rate)
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """He initialization of convolutions, as in the DenseNet paper; norms keep 1 and 0."""
+        for m in self.modules():
+            if isinstance(m, nn.Conv2d):
+                nn.init.kaiming_normal_(m.weight)
+            elif isinstance(m, nn.Linear):
+                nn.init.zeros_(m.bias)
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> Dict[str, Any]:
+        """Regular expressions that put every parameter in a layer group, for layer decay."""
+        final_norm = (r'^features\.norm5', (99999,))
+        if coarse:
+            blocks = [(r'^features\.(?:denseblock|transition)(\d+)', None), final_norm]
+        else:
+            blocks = [
+                (r'^features\.denseblock(\d+)\.denselayer(\d+)', None),
+                (r'^features\.transition(\d+)', MATCH_PREV_GROUP),
+                final_norm,
+            ]
+        return dict(stem=r'^features\.(?:conv|norm)[012]\.', blocks=blocks)
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Keep only each layer's new features in the forward pass and recompute the rest in backward."""
+        for m in self.modules():
+            if isinstance(m, DenseLayer):
+                m.grad_checkpointing = enable
+
+    @torch.jit.ignore
+    def get_classifier(self) -> nn.Module:
+        """The classifier, ``nn.Identity`` where num_classes is 0."""
+        return self.classifier
+
+    def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None) -> None:
+        """Replace the classifier by a new one, on the model's device, dtype and train mode.
+
+        Args:
+            num_classes: Number of classes, 0 for no classifier.
+            global_pool: Global pooling type, None to keep it.
+        """
+        self.num_classes = num_classes
+        if global_pool is None:
+            global_pool = self.global_pool.pool_type
+        self.global_pool, self.classifier = create_classifier(
+            self.num_features, num_classes, pool_type=global_pool, **get_device_dtype(self))
+        self.head_hidden_size = self.num_features * self.global_pool.feat_mult()
+        self.global_pool.train(self.training)
+        self.classifier.train(self.training)
+
+    def forward_intermediates(
+            self,
+            x: torch.Tensor,
+            indices: Optional[Union[int, List[int]]] = None,
+            norm: bool = False,
+            stop_early: bool = False,
+            output_fmt: str = 'NCHW',
+            intermediates_only: bool = False,
+    ) -> Union[List[torch.Tensor], Tuple[torch.Tensor, List[torch.Tensor]]]:
+        """Forward pass that also returns feature maps.
+
+        Args:
+            x: Images (N, in_chans, H, W).
+            indices: Features to return: the last n if int, all if None, else these. 0 is the stem before pooling, then
+                each dense block before its transition; the last is the final norm's output.
+            norm: Without effect, the last feature is normalized and the others have no norm of their own.
+            stop_early: Stop at the last of the features asked for.
+            output_fmt: Must be 'NCHW'.
+            intermediates_only: Return the list of features alone.
+
+        Returns:
+            The final feature map and the list of features, or the list alone.
+        """
+        assert output_fmt in ('NCHW',), 'Output shape must be NCHW.'
+        _check_input(x, self.in_chans, self.min_size)
+        intermediates = []
+        take_indices, max_index = feature_take_indices(len(self.feature_ends), indices)
+
+        if torch.jit.is_scripting() or not stop_early:  # torchscript cannot slice a Sequential
+            layers = self.features
+        else:
+            layers = self.features[:self.feature_ends[max_index] + 1]
+        feat_idx = 0
+        for i, layer in enumerate(layers):
+            x = layer(x)
+            if i in self.feature_ends:
+                if feat_idx in take_indices:
+                    intermediates.append(x)
+                feat_idx += 1
+
+        if intermediates_only:
+            return intermediates
+
+        return x, intermediates
+
+    def prune_intermediate_layers(
+            self,
+            indices: Union[int, List[int]] = 1,
+            prune_norm: bool = False,
+            prune_head: bool = True,
+    ) -> List[int]:
+        """Remove the layers that the given features do not need.
+
+        Args:
+            indices: Features to keep, as in ``forward_intermediates``.
+            prune_norm: Without effect, the final norm is the last feature.
+            prune_head: Remove the classifier, which goes in any case with the layers that feed it.
+
+        Returns:
+            Absolute indices of the features that are left.
+        """
+        take_indices, max_index = feature_take_indices(len(self.feature_ends), indices)
+        shortened = max_index < len(self.feature_ends) - 1
+        self.features = self.features[:self.feature_ends[max_index] + 1]
+        if shortened:
+            self.num_features = self.head_hidden_size = self.feature_info[max_index]['num_chs']
+        if prune_head or shortened:
+            self.reset_classifier(0, '')
+        return take_indices
+
+    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
+        """Final feature map (N, num_features, H', W') of images (N, in_chans, H, W)."""
+        _check_input(x, self.in_chans, self.min_size)
+        return self.features(x)
+
+    def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
+        """Logits (N, num_classes) of a final feature map, or what the classifier sees if ``pre_logits``."""
+        x = self.global_pool(x)
+        x = self.head_drop(x)
+        return x if pre_logits else self.classifier(x)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.forward_features(x)
+        x = self.forward_head(x)
+        return x
+
+
+def _create_dense2net(variant: str, pretrained: bool = False, **kwargs) -> Dense2Net:
+    num_features = len(kwargs['block_config']) + 1
+    return build_model_with_cfg(
+        Dense2Net,
+        variant,
+        pretrained,
+        feature_cfg=dict(flatten_sequential=True, out_indices=tuple(range(num_features))),
+        **kwargs,
+    )
+
+
+def _cfg(**kwargs) -> Dict[str, Any]:
+    return {
+        'num_classes': 100, 'input_size': (3, 32, 32), 'pool_size': (4, 4),
+        'crop_pct': 1.0, 'interpolation': 'bicubic',
+        'mean': CIFAR100_MEAN, 'std': CIFAR100_STD,
+        'first_conv': 'features.conv0', 'classifier': 'classifier', 'license': 'apache-2.0',
+        'paper_ids': ('arXiv:1608.06993', 'arXiv:1904.01169'), 'origin_url': 'https://arxiv.org/abs/1904.01169',
+        **kwargs,
+    }
+
+
+def _cfg_224(**kwargs) -> Dict[str, Any]:
+    return _cfg(
+        num_classes=1000, input_size=(3, 224, 224), pool_size=(7, 7), crop_pct=0.875,
+        mean=IMAGENET_DEFAULT_MEAN, std=IMAGENET_DEFAULT_STD, **kwargs)
+
+
+# Above the entrypoints: register_model reads it as each of them is defined.
+default_cfgs = generate_default_cfgs({
+    'densenet121_cifar.untrained': _cfg(paper_ids='arXiv:1608.06993', origin_url='https://arxiv.org/abs/1608.06993'),
+    'dense2net121_s2.untrained': _cfg(),
+    'dense2net121_s4.untrained': _cfg(),
+    'dense2net121_s8.untrained': _cfg(),
+    'dense2net121_s4_c32.untrained': _cfg(),
+    'dense2net121_s4_se.untrained': _cfg(),
+    'dense2net121_s8_se.untrained': _cfg(),
+    'dense2net40_k12_s4.untrained': _cfg(pool_size=(8, 8)),
+    'dense2net100_k12_s4.untrained': _cfg(pool_size=(8, 8)),
+    'dense2net169_s8.untrained': _cfg(),
+    'dense2net201_s8.untrained': _cfg(),
+    'dense2net161_s8.untrained': _cfg(),
+    'dense2net190_k40_s4.untrained': _cfg(pool_size=(8, 8)),
+    'dense2net121d_s4.untrained': _cfg_224(),
+    'dense2net121d_s8.untrained': _cfg_224(),
+    'dense2net169d_s8.untrained': _cfg_224(),
+})
+
+
+@register_model
+def densenet121_cifar(pretrained: bool = False, **kwargs) -> Dense2Net:
+    """DenseNet-121-BC (k = 32) with a CIFAR stem, the baseline."""
+    model_args = dict(growth_rate=32, block_config=(6, 12, 24, 16), scale=None)
+    return _create_dense2net('densenet121_cifar', pretrained=pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def dense2net121_s2(pretrained: bool = False, **kwargs) -> Dense2Net:
+    """Dense2Net-121 (k = 32), scale 2."""
+    model_args = dict(growth_rate=32, block_config=(6, 12, 24, 16), scale=2)
+    return _create_dense2net('dense2net121_s2', pretrained=pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def dense2net121_s4(pretrained: bool = False, **kwargs) -> Dense2Net:
+    """Dense2Net-121 (k = 32), scale 4."""
+    model_args = dict(growth_rate=32, block_config=(6, 12, 24, 16), scale=4)
+    return _create_dense2net('dense2net121_s4', pretrained=pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def dense2net121_s8(pretrained: bool = False, **kwargs) -> Dense2Net:
+    """Dense2Net-121 (k = 32), scale 8."""
+    model_args = dict(growth_rate=32, block_config=(6, 12, 24, 16), scale=8)
+    return _create_dense2net('dense2net121_s8', pretrained=pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def dense2net121_s4_c32(pretrained: bool = False, **kwargs) -> Dense2Net:
+    """Dense2Net-121 (k = 32), scale 4, cardinality 32: depthwise."""
+    model_args = dict(growth_rate=32, block_config=(6, 12, 24, 16), scale=4, cardinality=32)
+    return _create_dense2net('dense2net121_s4_c32', pretrained=pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def dense2net121_s4_se(pretrained: bool = False, **kwargs) -> Dense2Net:
+    """Dense2Net-121 (k = 32), scale 4, with squeeze-and-excitation."""
+    model_args = dict(growth_rate=32, block_config=(6, 12, 24, 16), scale=4, attn_layer='se')
+    return _create_dense2net('dense2net121_s4_se', pretrained=pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def dense2net121_s8_se(pretrained: bool = False, **kwargs) -> Dense2Net:
+    """Dense2Net-121 (k = 32), scale 8, with squeeze-and-excitation."""
+    model_args = dict(growth_rate=32, block_config=(6, 12, 24, 16), scale=8, attn_layer='se')
+    return _create_dense2net('dense2net121_s8_se', pretrained=pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def dense2net40_k12_s4(pretrained: bool = False, **kwargs) -> Dense2Net:
+    """Three-block Dense2Net-40 (k = 12), scale 4: small enough to train on a CPU."""
+    model_args = dict(growth_rate=12, block_config=(6, 6, 6), scale=4)
+    return _create_dense2net('dense2net40_k12_s4', pretrained=pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def dense2net100_k12_s4(pretrained: bool = False, **kwargs) -> Dense2Net:
+    """Three-block Dense2Net-100 (k = 12), scale 4."""
+    model_args = dict(growth_rate=12, block_config=(16, 16, 16), scale=4)
+    return _create_dense2net('dense2net100_k12_s4', pretrained=pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def dense2net169_s8(pretrained: bool = False, **kwargs) -> Dense2Net:
+    """Dense2Net-169 (k = 32), scale 8."""
+    model_args = dict(growth_rate=32, block_config=(6, 12, 32, 32), scale=8)
+    return _create_dense2net('dense2net169_s8', pretrained=pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def dense2net201_s8(pretrained: bool = False, **kwargs) -> Dense2Net:
+    """Dense2Net-201 (k = 32), scale 8."""
+    model_args = dict(growth_rate=32, block_config=(6, 12, 48, 32), scale=8)
+    return _create_dense2net('dense2net201_s8', pretrained=pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def dense2net161_s8(pretrained: bool = False, **kwargs) -> Dense2Net:
+    """Dense2Net-161 (k = 48), scale 8."""
+    model_args = dict(growth_rate=48, block_config=(6, 12, 36, 24), scale=8)
+    return _create_dense2net('dense2net161_s8', pretrained=pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def dense2net190_k40_s4(pretrained: bool = False, **kwargs) -> Dense2Net:
+    """Three-block Dense2Net-190 (k = 40), scale 4."""
+    model_args = dict(growth_rate=40, block_config=(31, 31, 31), scale=4)
+    return _create_dense2net('dense2net190_k40_s4', pretrained=pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def dense2net121d_s4(pretrained: bool = False, **kwargs) -> Dense2Net:
+    """Dense2Net-121 (k = 32), scale 4, with the deep stride-4 stem."""
+    model_args = dict(growth_rate=32, block_config=(6, 12, 24, 16), scale=4, stem_type='deep')
+    return _create_dense2net('dense2net121d_s4', pretrained=pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def dense2net121d_s8(pretrained: bool = False, **kwargs) -> Dense2Net:
+    """Dense2Net-121 (k = 32), scale 8, with the deep stride-4 stem."""
+    model_args = dict(growth_rate=32, block_config=(6, 12, 24, 16), scale=8, stem_type='deep')
+    return _create_dense2net('dense2net121d_s8', pretrained=pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def dense2net169d_s8(pretrained: bool = False, **kwargs) -> Dense2Net:
+    """Dense2Net-169 (k = 32), scale 8, with the deep stride-4 stem."""
+    model_args = dict(growth_rate=32, block_config=(6, 12, 32, 32), scale=8, stem_type='deep')
+    return _create_dense2net('dense2net169d_s8', pretrained=pretrained, **dict(model_args, **kwargs))
