@@ -33,20 +33,18 @@ __all__ = [
 
 _logger = logging.getLogger(__name__)
 
-_TRAIN_COLOR, _EVAL_COLOR, _EMA_COLOR = '#0072B2', '#D55E00', '#009E73'
+_TRAIN_COLOR, _EVAL_COLOR = '#0072B2', '#D55E00'
 _GREY = '#555555'
 
-# Panel title, unit, and the summary.csv columns it draws: column, label, colour, line style.
+# Panel title, unit, which value is best, and the summary.csv columns it draws: column, label, colour.
 _PANELS = (
     ('Accuracy', 'top-1 (%)', max, (
         ('train_top1', 'training', _TRAIN_COLOR),
         ('eval_top1', 'validation', _EVAL_COLOR),
-        ('eval_ema_top1', 'validation, EMA', _EMA_COLOR),
     )),
     ('Loss', 'loss', min, (
         ('train_loss', 'training', _TRAIN_COLOR),
         ('eval_loss', 'validation', _EVAL_COLOR),
-        ('eval_ema_loss', 'validation, EMA', _EMA_COLOR),
     )),
 )
 

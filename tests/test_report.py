@@ -1,0 +1,240 @@
+"""The table of runs, results.csv and the README's block."""
+import csv
+import json
+import os
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from timm.utils import update_summary
+
+from timm_dense2net.options import list_recipes, load_recipe
+from timm_dense2net.report import BEGIN, COLUMNS, DECK, END, RunResult, main, read_results, summarise
+
+ROOT = Path(__file__).parents[1]
+
+
+def make_run(folder, name, **values):
+    """A finished run's folder."""
+    run = folder / name
+    run.mkdir(parents=True)
+    result = dict(
+        model='dense2net121_s8', tag='deck_c100', recipe='deck_s8', parameters=6_096_420, macs=704_643_072, seed=1,
+        epochs=100, last_top1=76.5, last_top5=93.25, best_top1=77., best_top5=93.5, best_epoch=88, ema=False,
+        images_per_second=1234.5, wall_time=3600.25, hardware='1 x NVIDIA H200',
+        versions=dict(torch='2.15.0', timm='1.0.31'), commit='0123abc')
+    (run / 'result.json').write_text(json.dumps({**result, **values}))
+    return run
+
+
+def rows_of(path):
+    with open(path, newline='', encoding='utf-8') as f:
+        return list(csv.DictReader(f))
+
+
+def test_the_decks_rows_are_the_packaged_recipes():
+    assert set(DECK) == {name for name in list_recipes() if name.startswith('deck_')}
+    assert {row.name: row.top1 for row in DECK.values()} == {
+        'DenseNet No Augmentation': 65.41, 'DenseNet': 71.91, 'Dense2Net No Augmentation': 68.96, 'Dense2Net': 75.85,
+        'Dense2Net scale = 2': 75.26, 'Dense2Net scale = 8': 76.1, 'Dense2Net with Cutout': 75.23,
+        'Dense2Net with Grouped Convs': 75.96, 'Dense2Net with SE': 74.77}
+
+
+def test_the_decks_models_are_those_of_the_recipes():
+    assert {name: row.model for name, row in DECK.items()} == {name: load_recipe(name)['model'] for name in DECK}
+
+
+def test_report_shows_mean_and_spread_over_seeds_beside_the_deck(tmp_path, capsys):
+    accuracies = (76., 77., 78.5)
+    runs = [make_run(tmp_path, f's8-{seed}', seed=seed, last_top1=top1) for seed, top1 in enumerate(accuracies)]
+    runs.append(make_run(tmp_path, 'strong-0', recipe='strong', tag='strong_c100', ema=True, last_top1=83.6, seed=0))
+    runs.append(make_run(
+        tmp_path, 'base', recipe='deck_densenet', model='densenet121_cifar', parameters=7_048_548, last_top1=71.5))
+
+    assert main([*map(str, runs), '--output', str(tmp_path / 'out')]) == 0
+
+    lines = (tmp_path / 'out/report.md').read_text().splitlines()
+    assert lines[2] == (
+        '| `deck_densenet` | `densenet121_cifar` | 7.05 | 705 | 100 | 1 | 71.50 | 77.00 | 93.25 | 71.91 | -0.41 |')
+    assert lines[3] == (
+        '| `deck_s8` | `dense2net121_s8` | 6.10 | 705 | 100 | 3 | 77.17 ± 1.26 | 77.00 ± 0.00 | 93.25 ± 0.00 '
+        '| 76.10 | +1.07 |')
+    assert lines[4].startswith('| `strong` (EMA) | `dense2net121_s8` | 6.10 | 705 | 100 | 1 | 83.60 |')
+    assert lines[4].endswith('|  |  |') and len(lines) == 5
+    assert '\n'.join(lines) in capsys.readouterr().out
+
+    by_recipe = {row['recipe']: row for row in rows_of(tmp_path / 'out/report.csv')}
+    row = by_recipe['deck_s8']
+    assert (row['n'], row['deck_row'], row['deck_top1']) == ('3', 'Dense2Net scale = 8', '76.10')
+    assert float(row['last_top1_mean']) == pytest.approx(statistics.fmean(accuracies), abs=0.005)
+    assert float(row['last_top1_std']) == pytest.approx(statistics.stdev(accuracies), abs=0.005)
+    assert by_recipe['strong']['last_top1_std'] == '' and by_recipe['strong']['deck_top1'] == ''
+
+
+def test_report_draws_the_table(tmp_path):
+    image = pytest.importorskip('PIL.Image')
+    pytest.importorskip('matplotlib')
+    runs = [make_run(tmp_path, f's8-{seed}', seed=seed, last_top1=75. + seed) for seed in range(3)]
+    assert main([*map(str, runs), '--output', str(tmp_path / 'out')]) == 0
+    picture = image.open(tmp_path / 'out/report.png')
+    picture.load()
+    assert picture.format == 'PNG' and picture.width == 1200
+
+
+def test_the_decks_figure_stands_only_beside_the_decks_model():
+    deck, other = (
+        RunResult.from_mapping(dict(run='a', model=model, recipe='deck_s8', seed=0, epochs=3, last_top1=70))
+        for model in ('dense2net121_s8', 'dense2net40_k12_s4'))
+    assert {row.model: row.deck is not None for row in summarise([deck, other])} == {
+        'dense2net121_s8': True, 'dense2net40_k12_s4': False}
+
+
+def test_runs_of_other_lengths_or_weights_are_not_averaged():
+    values = dict(model='m', recipe='strong', last_top1=70)
+    runs = [
+        RunResult.from_mapping(dict(values, run=str(i), seed=i, epochs=epochs, ema=ema))
+        for i, (epochs, ema) in enumerate([(300, True), (300, True), (600, True), (600, False)])]
+    assert [(row.epochs, row.ema, len(row.last_top1)) for row in summarise(runs)] == [
+        ('300', True, 2), ('600', False, 1), ('600', True, 1)]
+
+
+def test_bad_run_folders_are_reported_and_counted_and_the_rest_goes_on(tmp_path, capsys):
+    good = make_run(tmp_path, 'good')
+    unfinished = tmp_path / 'unfinished'
+    unfinished.mkdir()
+    for epoch in range(5):
+        update_summary(epoch, dict(loss=1.), dict(top1=2.), unfinished / 'summary.csv')
+    (tmp_path / 'empty').mkdir()
+    torn = make_run(tmp_path, 'torn')
+    (torn / 'result.json').write_text('{"model": "dense2')
+    lacking = make_run(tmp_path, 'lacking', seed=None)
+    wrong = make_run(tmp_path, 'wrong', last_top1=7650)
+    text = make_run(tmp_path, 'text', epochs='many')
+
+    paths = [unfinished, tmp_path / 'empty', tmp_path / 'nowhere', torn, lacking, wrong, text, good]
+    assert main([*map(str, paths), '--results', str(tmp_path / 'results.csv')]) == 1
+
+    out, err = capsys.readouterr()
+    assert '| `deck_s8` |' in out
+    for path, message in [
+            (unfinished, 'the run has not finished (no result.json; last epoch 4)'),
+            (tmp_path / 'empty', 'not a run folder'),
+            (tmp_path / 'nowhere', 'no such folder'),
+            (torn, 'result.json cannot be read'),
+            (lacking, 'result.json: seed not given'),
+            (wrong, 'last_top1 must be a percentage, got 7650'),
+            (text, "epochs must be of type int, got 'many'"),
+    ]:
+        assert any(line.startswith(f'error: {path}: ') and message in line for line in err.splitlines())
+    assert '7 of 8 runs could not be read' in err
+    assert [result.run for result in read_results(tmp_path / 'results.csv')] == ['good']
+
+
+def test_results_csv_has_one_row_a_run_and_takes_a_run_only_once(tmp_path):
+    path = tmp_path / 'results.csv'
+    strong = make_run(tmp_path, 'strong-7', recipe='strong', seed=7, ema=True, best_top5=None)
+    deck = make_run(tmp_path, 's8-1')
+    assert main([str(strong), '--results', str(path)]) == 0
+    assert main([str(deck), '--results', str(path)]) == 0
+    rows = rows_of(path)
+    assert list(rows[0]) == list(COLUMNS)
+    assert [row['run'] for row in rows] == ['s8-1', 'strong-7']
+    assert rows[0] == dict(
+        run='s8-1', model='dense2net121_s8', tag='deck_c100', recipe='deck_s8', parameters='6096420', macs='704643072',
+        seed='1', epochs='100', last_top1='76.50', last_top5='93.25', best_top1='77.00', best_top5='93.50',
+        best_epoch='88', ema='False', images_per_second='1234.50', wall_time='3600.25', hardware='1 x NVIDIA H200',
+        versions='torch 2.15.0, timm 1.0.31', commit='0123abc')
+    assert rows[1]['ema'] == 'True' and rows[1]['best_top5'] == ''
+
+    before = path.read_bytes()
+    assert main([str(strong), str(deck), '--results', str(path)]) == 0
+    assert path.read_bytes() == before
+    values = json.loads((deck / 'result.json').read_text())
+    (deck / 'result.json').write_text(json.dumps({**values, 'last_top1': 76.9}))
+    assert main([str(deck), '--results', str(path)]) == 0
+    assert [(row['run'], row['last_top1']) for row in rows_of(path)] == [('s8-1', '76.90'), ('strong-7', '76.50')]
+
+
+@pytest.mark.parametrize('content, message', [
+    ('model,seed\n', 'no column run'),
+    (','.join(COLUMNS) + '\n' + ','.join(['x'] * len(COLUMNS)) + '\n', 'line 2: parameters must be of type int'),
+])
+def test_results_csv_that_is_none_is_named_and_left_alone(tmp_path, capsys, content, message):
+    path = tmp_path / 'results.csv'
+    path.write_text(content)
+    run = make_run(tmp_path, 'run')
+    assert main([str(run), '--results', str(path)]) == 1
+    assert f'error: {path}' in (err := capsys.readouterr().err) and message in err
+    assert path.read_text() == content
+
+
+@pytest.fixture
+def project(tmp_path):
+    """A README with marks and a results.csv of one run."""
+    readme, results = tmp_path / 'README.md', tmp_path / 'results.csv'
+    readme.write_text(f'# Title\n\n{BEGIN}\nold\n{END}\n\nThe end.\n')
+    assert main([str(make_run(tmp_path, 'run')), '--results', str(results)]) == 0
+    return readme, results
+
+
+def test_readme_table_is_written_checked_and_found_to_differ(project, capsys):
+    readme, results = project
+    call = ['--results', str(results), '--readme', str(readme)]
+    assert main([*call, '--check']) == 1
+    assert f'error: {readme} does not hold the table of {results}' in capsys.readouterr().err
+    assert '\nold\n' in readme.read_text()
+
+    assert main(call) == 0
+    text = readme.read_text()
+    assert text.startswith(f'# Title\n\n{BEGIN}\n| Recipe |') and text.endswith(f'{END}\n\nThe end.\n')
+    assert '| `deck_s8` | `dense2net121_s8` | 6.10 |' in text and 'old' not in text
+    assert main([*call, '--check']) == 0
+
+    for changed in (text.replace('76.50', '79.50'), text.replace(END, f'| one more |\n{END}')):
+        readme.write_text(changed)
+        assert main([*call, '--check']) == 1
+        assert readme.read_text() == changed
+    readme.write_text(text)
+    results.write_text(results.read_text().replace('76.50', '80.50'))
+    assert main([*call, '--check']) == 1
+
+
+@pytest.mark.parametrize('text', ['no marks', BEGIN, f'{END}\n{BEGIN}', f'{BEGIN}\n{END}\n{BEGIN}\n{END}'])
+def test_readme_without_its_marks_is_left_alone(project, capsys, text):
+    readme, results = project
+    readme.write_text(text)
+    assert main(['--results', str(results), '--readme', str(readme)]) == 1
+    assert f'error: {readme}: one line {BEGIN}' in capsys.readouterr().err
+    assert readme.read_text() == text
+
+
+@pytest.mark.parametrize('call, message', [
+    ([], 'give run folders, or --results'),
+    (['run', '--readme', 'README.md'], '--readme needs --results'),
+    (['--results', 'r.csv', '--check'], '--check needs --readme'),
+    (['run', '--results', 'r.csv', '--readme', 'R.md', '--check'], 'no runs'),
+])
+def test_a_wrong_call_is_refused(capsys, call, message):
+    with pytest.raises(SystemExit) as stop:
+        main(call)
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_missing_results_or_readme_is_one_clear_message(project, capsys, tmp_path):
+    readme, results = project
+    assert main(['--results', str(tmp_path / 'none.csv'), '--readme', str(readme), '--check']) == 1
+    assert main(['--results', str(results), '--readme', str(tmp_path / 'none.md'), '--check']) == 1
+    assert capsys.readouterr().err.count('No such file or directory') == 2
+
+
+def test_the_projects_readme_holds_the_table_of_its_results():
+    if not (ROOT / 'results.csv').exists():
+        pytest.skip('no run is recorded in results.csv yet')
+    command = 'timm_dense2net report --results results.csv --readme README.md --check'
+    done = subprocess.run(
+        [sys.executable, '-m', *command.split()],
+        cwd=ROOT, capture_output=True, text=True, env={**os.environ, 'PYTHONPATH': str(ROOT)})
+    assert done.returncode == 0, done.stderr

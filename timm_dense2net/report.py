@@ -1,0 +1,440 @@
+"""`python -m timm_dense2net report`: finished runs in one table, the deck's figure beside each.
+
+    report RUNS... --output report                 report.md, report.csv, report.png; the table on the screen
+    report RUNS... --results results.csv           also adds the runs to results.csv, one row a run
+    report --results results.csv --readme README.md [--check]
+
+The last form writes the table of results.csv between two marks in the README, or checks that it is there already.
+"""
+from __future__ import annotations
+
+import argparse
+import csv
+import dataclasses
+import json
+import math
+import statistics
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from .results import new_figure, read_summary, replace_file, save_figure, write_csv
+
+__all__ = [
+    'DECK', 'RunResult', 'Row', 'read_run', 'read_results', 'write_results', 'merge_results', 'summarise',
+    'markdown_table', 'update_readme', 'write_report', 'main',
+]
+
+
+class DeckRow(NamedTuple):
+    """A row of the deck's results table: its name there, the model it is here, its validation accuracy in percent."""
+    name: str
+    model: str
+    top1: float
+
+
+# By the recipe that trains the row here.
+DECK: dict[str, DeckRow] = {
+    'deck_densenet_noaug': DeckRow('DenseNet No Augmentation', 'densenet121_cifar', 65.41),
+    'deck_densenet': DeckRow('DenseNet', 'densenet121_cifar', 71.91),
+    'deck_dense2net_noaug': DeckRow('Dense2Net No Augmentation', 'dense2net121_s4', 68.96),
+    'deck_dense2net': DeckRow('Dense2Net', 'dense2net121_s4', 75.85),
+    'deck_s2': DeckRow('Dense2Net scale = 2', 'dense2net121_s2', 75.26),
+    'deck_s8': DeckRow('Dense2Net scale = 8', 'dense2net121_s8', 76.1),
+    'deck_cutout': DeckRow('Dense2Net with Cutout', 'dense2net121_s4', 75.23),
+    'deck_grouped': DeckRow('Dense2Net with Grouped Convs', 'dense2net121_s4_c32', 75.96),
+    'deck_se': DeckRow('Dense2Net with SE', 'dense2net121_s4_se', 74.77),
+}
+# The best row of the literature table that the deck quotes (Res2NeXt-29 6c x 24w x 6s-SE, 36.9M parameters).
+DECK_LITERATURE_BEST = 83.44
+
+BEGIN, END = '<!-- results:begin -->', '<!-- results:end -->'
+
+
+@dataclasses.dataclass(frozen=True)
+class RunResult:
+    """One finished run: a row of results.csv. Accuracies are in percent on the test split, times in seconds."""
+    run: str
+    model: str
+    tag: str
+    recipe: str
+    parameters: int
+    macs: int
+    seed: int
+    epochs: int
+    last_top1: float
+    last_top5: float
+    best_top1: float
+    best_top5: float
+    best_epoch: int
+    ema: bool
+    images_per_second: float
+    wall_time: float
+    hardware: str
+    versions: str
+    commit: str
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any]) -> RunResult:
+        """Makes a result of JSON values or CSV text; fields that are not there come out empty (NaN, '', 0, False).
+
+        Raises:
+            ValueError: If the model, seed, epochs or last top-1 is missing, or a value is not what it should be.
+        """
+        missing = [name for name in ('model', 'seed', 'epochs', 'last_top1') if values.get(name) in (None, '')]
+        if missing:
+            raise ValueError(f'{", ".join(missing)} not given')
+        result = cls(**{field.name: _parse(field, values.get(field.name)) for field in dataclasses.fields(cls)})
+        for name in ('last_top1', 'last_top5', 'best_top1', 'best_top5'):
+            if not (math.isnan(getattr(result, name)) or 0 <= getattr(result, name) <= 100):
+                raise ValueError(f'{name} must be a percentage, got {getattr(result, name)}')
+        if math.isnan(result.last_top1):
+            raise ValueError('last_top1 is not a number')
+        return result
+
+    def to_row(self) -> list[str]:
+        """The values as CSV text, in order of the fields."""
+        return [_format(getattr(self, field.name)) for field in dataclasses.fields(self)]
+
+
+COLUMNS = tuple(field.name for field in dataclasses.fields(RunResult))
+
+
+def _parse(field: dataclasses.Field, value: Any) -> Any:
+    try:
+        if field.type == 'str':
+            if isinstance(value, Mapping):
+                return ', '.join(f'{key} {item}' for key, item in value.items())
+            return '' if value is None else str(value)
+        if field.type == 'bool':
+            return {'true': True, 'false': False, '': False, 'none': False}[str(value).lower()]
+        if field.type == 'int':
+            return 0 if value in (None, '') else int(value)
+        return math.nan if value in (None, '') else float(value)
+    except (KeyError, TypeError, ValueError):
+        raise ValueError(f'{field.name} must be of type {field.type}, got {value!r}') from None
+
+
+def _format(value: Any) -> str:
+    if isinstance(value, float):
+        return '' if math.isnan(value) else f'{value:.2f}'
+    return str(value)
+
+
+def read_run(run_dir: str | Path) -> RunResult:
+    """Reads the `result.json` of a finished run.
+
+    Raises:
+        ValueError: Saying what is wrong with the folder.
+    """
+    run_dir = Path(run_dir)
+    path = run_dir / 'result.json'
+    if not run_dir.is_dir():
+        raise ValueError('no such folder')
+    if not path.is_file():
+        raise ValueError(_why_unfinished(run_dir))
+    try:
+        values = json.loads(path.read_text(encoding='utf-8'))
+    except (ValueError, OSError) as e:
+        raise ValueError(f'result.json cannot be read: {e}') from None
+    if not isinstance(values, dict):
+        raise ValueError('result.json is not a mapping')
+    try:
+        return RunResult.from_mapping({'run': run_dir.resolve().name, **values})
+    except ValueError as e:
+        raise ValueError(f'result.json: {e}') from None
+
+
+def _why_unfinished(run_dir: Path) -> str:
+    try:
+        epoch = read_summary(run_dir / 'summary.csv')['epoch'][-1]
+    except (OSError, ValueError):
+        return 'not a run folder (neither result.json nor summary.csv)'
+    return f'the run has not finished (no result.json; last epoch {epoch:.0f})'
+
+
+def read_results(path: str | Path) -> list[RunResult]:
+    """Reads results.csv.
+
+    Raises:
+        ValueError: If it cannot be read, a column is missing or a value is not what it should be.
+    """
+    try:
+        with open(path, newline='', encoding='utf-8') as f:
+            reader = csv.DictReader(f)
+            missing = [name for name in COLUMNS if name not in (reader.fieldnames or [])]
+            if missing:
+                raise ValueError(f'{path}: no column {", ".join(missing)}')
+            rows = list(reader)
+    except OSError as e:
+        raise ValueError(f'{path}: {e.strerror}') from None
+    results = []
+    for line, row in enumerate(rows, start=2):
+        try:
+            results.append(RunResult.from_mapping(row))
+        except ValueError as e:
+            raise ValueError(f'{path}, line {line}: {e}') from None
+    return results
+
+
+def write_results(path: str | Path, results: Iterable[RunResult]) -> None:
+    """Writes results.csv, one row a run, in the order of the table."""
+    ordered = sorted(results, key=lambda result: (*_order(result.recipe), result.model, result.seed, result.run))
+    write_csv(path, COLUMNS, (result.to_row() for result in ordered))
+
+
+def merge_results(old: Iterable[RunResult], new: Iterable[RunResult]) -> list[RunResult]:
+    """Old results and new ones; a new one takes the place of an old one of the same run name."""
+    return list({result.run: result for result in (*old, *new)}.values())
+
+
+def _order(recipe: str) -> tuple[int, str]:
+    names = list(DECK)
+    return (names.index(recipe) if recipe in names else len(names)), recipe
+
+
+class Row(NamedTuple):
+    """Runs that differ only in their seed."""
+    recipe: str
+    model: str
+    parameters: int
+    macs: int
+    epochs: str
+    ema: bool
+    last_top1: tuple[float, ...]
+    best_top1: tuple[float, ...]
+    last_top5: tuple[float, ...]
+
+    @property
+    def deck(self) -> DeckRow | None:
+        """The deck's row, where the recipe trained the deck's model."""
+        row = DECK.get(self.recipe)
+        return row if row and row.model == self.model else None
+
+    @property
+    def difference(self) -> float | None:
+        """Mean last top-1 less the deck's figure, in points."""
+        return statistics.fmean(self.last_top1) - self.deck.top1 if self.deck else None
+
+
+def summarise(results: Sequence[RunResult]) -> list[Row]:
+    """One row for each recipe and model, in the deck's order, then the other recipes."""
+    groups: dict[tuple, list[RunResult]] = {}
+    for result in results:
+        # Early stopping ends the deck's runs at different epochs; any other recipe has one length.
+        length = None if result.recipe in DECK else result.epochs
+        groups.setdefault((*_order(result.recipe), result.model, length or 0, result.ema), []).append(result)
+    rows = []
+    for key in sorted(groups):
+        runs = groups[key]
+        epochs = sorted({run.epochs for run in runs})
+        rows.append(Row(
+            recipe=runs[0].recipe,
+            model=runs[0].model,
+            parameters=runs[0].parameters,
+            macs=runs[0].macs,
+            epochs=str(epochs[0]) if len(epochs) == 1 else f'{epochs[0]}-{epochs[-1]}',
+            ema=runs[0].ema,
+            last_top1=tuple(run.last_top1 for run in runs),
+            best_top1=tuple(run.best_top1 for run in runs),
+            last_top5=tuple(run.last_top5 for run in runs),
+        ))
+    return rows
+
+
+def _spread(values: Sequence[float]) -> float:
+    """Sample standard deviation; NaN for a single run."""
+    return statistics.stdev(values) if len(values) > 1 else math.nan
+
+
+def _mean_spread(values: Sequence[float]) -> str:
+    if math.isnan(statistics.fmean(values)):
+        return ''
+    mean = f'{statistics.fmean(values):.2f}'
+    return mean if len(values) == 1 else f'{mean} ± {_spread(values):.2f}'
+
+
+def markdown_table(rows: Sequence[Row]) -> str:
+    """The rows as a Markdown table; accuracies as mean ± standard deviation over seeds."""
+    header = (
+        'Recipe', 'Model', 'Params (M)', 'MACs (M)', 'Epochs', 'Seeds', 'Top-1 last (%)', 'Top-1 best (%)',
+        'Top-5 last (%)', 'Deck (%)', 'Last - deck')
+    lines = [header, ['---', '---', *['--:'] * (len(header) - 2)]]
+    for row in rows:
+        lines.append((
+            f'`{row.recipe}`' + (' (EMA)' if row.ema else ''),
+            f'`{row.model}`',
+            f'{row.parameters / 1e6:.2f}' if row.parameters else '',
+            f'{row.macs / 1e6:.0f}' if row.macs else '',
+            row.epochs,
+            str(len(row.last_top1)),
+            _mean_spread(row.last_top1),
+            _mean_spread(row.best_top1),
+            _mean_spread(row.last_top5),
+            f'{row.deck.top1:.2f}' if row.deck else '',
+            f'{row.difference:+.2f}' if row.deck else '',
+        ))
+    return '\n'.join(f'| {" | ".join(line)} |' for line in lines) + '\n'
+
+
+def write_report_csv(path: str | Path, rows: Sequence[Row]) -> None:
+    """Writes the table of rows as CSV, mean, standard deviation and number of runs in columns of their own."""
+    header = (
+        'recipe', 'model', 'parameters', 'macs', 'epochs', 'ema', 'n', 'last_top1_mean', 'last_top1_std',
+        'best_top1_mean', 'best_top1_std', 'last_top5_mean', 'last_top5_std', 'deck_row', 'deck_top1', 'difference')
+    lines = []
+    for row in rows:
+        figures = (row.last_top1, row.best_top1, row.last_top5)
+        moments = [moment for values in figures for moment in (statistics.fmean(values), _spread(values))]
+        deck = (row.deck.name, row.deck.top1, row.difference) if row.deck else ('', '', '')
+        lines.append([_format(value) for value in (*row[:6], len(row.last_top1), *moments, *deck)])
+    write_csv(path, header, lines)
+
+
+def draw_report(path: str | Path, rows: Sequence[Row]) -> bool:
+    """Draws each row's runs, their mean and the deck's figure; False where matplotlib is missing."""
+    figure = new_figure(10, 1.8 + 0.42 * len(rows))
+    if figure is None:
+        return False
+    axes = figure.add_subplot()
+    ours, deck = '#0072B2', '#D55E00'
+    for y, row in enumerate(rows):
+        mean = statistics.fmean(row.last_top1)
+        axes.plot(row.last_top1, [y] * len(row.last_top1), 'o', color=ours, alpha=0.35, markersize=6)
+        spread = _spread(row.last_top1)
+        axes.errorbar(
+            mean, y, xerr=None if math.isnan(spread) else spread, fmt='|', color=ours, markersize=16,
+            markeredgewidth=2, capsize=3, label='this package, mean ± std over seeds' if y == 0 else None)
+        # Beside the mark, on the side away from the deck's.
+        left = row.deck is not None and row.deck.top1 > mean
+        axes.annotate(
+            f'{mean:.2f}', (min(row.last_top1) if left else max(row.last_top1), y), (-12 if left else 12, 0),
+            textcoords='offset points', ha='right' if left else 'left', va='center', color=ours, fontsize=9)
+        if row.deck:
+            axes.plot([row.deck.top1], [y], 'D', color=deck, markersize=6)
+    if any(row.deck for row in rows):
+        axes.plot([], [], 'D', color=deck, label="deck's figure")
+    axes.axvline(DECK_LITERATURE_BEST, color='#777777', linestyle='--', linewidth=1, label=(
+        f"best row of the deck's literature table ({DECK_LITERATURE_BEST}, 36.9M parameters)"))
+    axes.set_yticks(range(len(rows)), [f'{row.recipe}\n{row.model}' for row in rows], fontsize=8)
+    axes.set_ylim(len(rows) - 0.4, -0.6)
+    axes.margins(x=0.1)
+    axes.set_xlabel('top-1 at the last epoch (%)')
+    axes.grid(axis='x', color='#dddddd', linewidth=0.6)
+    axes.spines[['top', 'right']].set_visible(False)
+    figure.legend(loc='outside upper center', ncols=3, frameon=False, fontsize=8)
+    save_figure(figure, path)
+    return True
+
+
+def readme_block(results: Sequence[RunResult], results_path: str) -> str:
+    """What stands between the two marks in the README."""
+    hardware = sorted({result.hardware for result in results if result.hardware})
+    return (
+        f'{markdown_table(summarise(results))}\n'
+        'Mean ± standard deviation over seeds, on the test split of CIFAR-100; "last" is the last epoch, "best" the '
+        'best epoch on that split.'
+        + (f' Trained on {"; ".join(hardware)}.' if hardware else '')
+        + f' Written from `{results_path}` by `python -m timm_dense2net report --results {results_path} '
+        '--readme README.md`.\n')
+
+
+def replace_block(text: str, block: str) -> str:
+    """Puts `block` between the two marks of a README.
+
+    Raises:
+        ValueError: If the marks are not there once each, in order.
+    """
+    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
+        raise ValueError(f'one line {BEGIN} and, after it, one line {END} are needed')
+    return f'{text[:text.index(BEGIN)]}{BEGIN}\n{block}{text[text.index(END):]}'
+
+
+def update_readme(readme: Path, results_path: Path, check: bool) -> None:
+    """Writes, or only checks, the README's table.
+
+    Raises:
+        ValueError: If the README cannot be read, has no marks, or (with `check`) does not hold the table.
+    """
+    try:
+        text = readme.read_text(encoding='utf-8')
+    except OSError as e:
+        raise ValueError(f'{readme}: {e.strerror}') from None
+    try:
+        new = replace_block(text, readme_block(read_results(results_path), results_path.name))
+    except ValueError as e:
+        raise ValueError(f'{readme}: {e}') from None
+    if new == text:
+        return
+    if check:
+        differing = next(
+            (line for line in new.splitlines() if line not in text.splitlines()), 'a line of the README is too many')
+        raise ValueError(
+            f'{readme} does not hold the table of {results_path}: run `python -m timm_dense2net report --results '
+            f'{results_path} --readme {readme}`; first difference: {differing}')
+    with replace_file(readme) as temporary:
+        temporary.write_text(new, encoding='utf-8')
+
+
+def write_report(output: Path, rows: Sequence[Row]) -> list[str]:
+    """Writes the table as Markdown and CSV and draws it; returns the names of the files."""
+    output.mkdir(parents=True, exist_ok=True)
+    with replace_file(output / 'report.md') as temporary:
+        temporary.write_text(markdown_table(rows), encoding='utf-8')
+    write_report_csv(output / 'report.csv', rows)
+    drawn = draw_report(output / 'report.png', rows)
+    return ['report.md', 'report.csv', *(['report.png'] if drawn else [])]
+
+
+def _build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog='python -m timm_dense2net report',
+        description="Finished runs in one table, the deck's figure beside each.")
+    parser.add_argument('runs', nargs='*', metavar='RUN', help='run folder')
+    parser.add_argument('--output', type=Path, metavar='DIR', help='folder for report.md, report.csv and report.png')
+    parser.add_argument(
+        '--results', type=Path, metavar='FILE', help='results.csv: the runs are added to it, the table is made of it')
+    parser.add_argument('--readme', type=Path, metavar='FILE', help='README whose table is written from --results')
+    parser.add_argument('--check', action='store_true', help='write nothing; exit 1 where README and results differ')
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command; returns 0, 1 where a run could not be read or the README differs, 2 on a wrong call."""
+    parser = _build_parser()
+    args = parser.parse_args(argv)
+    if not args.runs and not args.results:
+        parser.error('give run folders, or --results')
+    if args.readme and not args.results:
+        parser.error('--readme needs --results')
+    if args.check and (not args.readme or args.runs):
+        parser.error('--check needs --readme and --results, and no runs')
+
+    results, bad = [], 0
+    for run in args.runs:
+        try:
+            results.append(read_run(run))
+        except ValueError as e:
+            bad += 1
+            print(f'error: {run}: {e}', file=sys.stderr)
+    try:
+        if args.results:
+            if args.runs:
+                results = merge_results(read_results(args.results) if args.results.exists() else [], results)
+                write_results(args.results, results)
+            else:
+                results = read_results(args.results)
+        rows = summarise(results)
+        if rows and not args.check:
+            print(markdown_table(rows))
+        if rows and args.output:
+            print(f'wrote {", ".join(str(args.output / name) for name in write_report(args.output, rows))}')
+        if args.readme:
+            update_readme(args.readme, args.results, args.check)
+    except (ValueError, OSError) as e:
+        print(f'error: {e}', file=sys.stderr)
+        return 1
+    if bad:
+        print(f'{bad} of {len(args.runs)} runs could not be read', file=sys.stderr)
+    return 1 if bad else 0
