@@ -300,17 +300,18 @@ def draw_report(path: str | Path, rows: Sequence[Row]) -> bool:
     axes = figure.add_subplot()
     ours, deck = '#0072B2', '#D55E00'
     for y, row in enumerate(rows):
-        mean = statistics.fmean(row.last_top1)
+        mean, spread = statistics.fmean(row.last_top1), _spread(row.last_top1)
+        spread = 0. if math.isnan(spread) else spread
         axes.plot(row.last_top1, [y] * len(row.last_top1), 'o', color=ours, alpha=0.35, markersize=6)
-        spread = _spread(row.last_top1)
         axes.errorbar(
-            mean, y, xerr=None if math.isnan(spread) else spread, fmt='|', color=ours, markersize=16,
-            markeredgewidth=2, capsize=3, label='this package, mean ± std over seeds' if y == 0 else None)
+            mean, y, xerr=spread or None, fmt='|', color=ours, markersize=16, markeredgewidth=2, capsize=3,
+            label='this package, mean ± std over seeds' if y == 0 else None)
         # Beside the mark, on the side away from the deck's.
         left = row.deck is not None and row.deck.top1 > mean
+        edge = min(*row.last_top1, mean - spread) if left else max(*row.last_top1, mean + spread)
         axes.annotate(
-            f'{mean:.2f}', (min(row.last_top1) if left else max(row.last_top1), y), (-12 if left else 12, 0),
-            textcoords='offset points', ha='right' if left else 'left', va='center', color=ours, fontsize=9)
+            f'{mean:.2f}', (edge, y), (-8 if left else 8, 0), textcoords='offset points', color=ours, fontsize=9,
+            ha='right' if left else 'left', va='center', bbox=dict(color='white', pad=0.5))
         if row.deck:
             axes.plot([row.deck.top1], [y], 'D', color=deck, markersize=6)
     if any(row.deck for row in rows):
