@@ -1,0 +1,321 @@
+"""Training augmentation on whole batches of uint8 images, each image with its own draw.
+
+The draws of a batch are made on the host by a numpy generator, so that they are the same whatever device does the
+work and no step waits for the device. The images are never looped over.
+"""
+from dataclasses import dataclass
+from typing import NamedTuple, Optional, Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from timm.data.mixup import mixup_target
+from torchvision.transforms import v2
+
+_AUTO_AUGMENT_POLICIES = {'cifar10': v2.AutoAugmentPolicy.CIFAR10}
+
+
+@dataclass(frozen=True)
+class AugmentConfig:
+    """What is done to a training batch, in the order of the fields.
+
+    Args:
+        hflip: Probability of a horizontal flip.
+        crop_padding: Black pixels added on each side before a crop of the original size, as torchvision's
+            ``RandomCrop(size, padding)``; 0 leaves the crop out.
+        auto_augment: ``'cifar10'`` for AutoAugment's CIFAR policy as torchvision has it (https://arxiv.org/abs/1805.09501).
+        cutout_holes: Number of squares masked in each image (https://arxiv.org/abs/1708.04552); 0 leaves cutout out.
+        cutout_length: Side of a square in pixels. Its centre is anywhere in the image, so it may be clipped.
+        mixup: Alpha of Mixup's Beta distribution (https://arxiv.org/abs/1710.09412); 0 leaves it out.
+        cutmix: Alpha of CutMix's Beta distribution (https://arxiv.org/abs/1905.04899); 0 leaves it out.
+        mixup_prob: Probability that an image is mixed.
+        mixup_switch_prob: Probability of CutMix where both are on.
+        mixup_off_epoch: First epoch without mixing; 0 for never.
+        smoothing: Label smoothing put in the soft targets where Mixup or CutMix is on.
+
+    Raises:
+        ValueError: A value is out of its range.
+    """
+    hflip: float = 0.5
+    crop_padding: int = 4
+    auto_augment: str = ''
+    cutout_holes: int = 0
+    cutout_length: int = 8
+    mixup: float = 0.
+    cutmix: float = 0.
+    mixup_prob: float = 1.
+    mixup_switch_prob: float = 0.5
+    mixup_off_epoch: int = 0
+    smoothing: float = 0.
+
+    def __post_init__(self) -> None:
+        for name in ('hflip', 'mixup_prob', 'mixup_switch_prob', 'smoothing'):
+            if not 0. <= getattr(self, name) <= 1.:
+                raise ValueError(f'{name} must be between 0 and 1, got {getattr(self, name)}.')
+        for name in ('crop_padding', 'cutout_holes', 'mixup', 'cutmix', 'mixup_off_epoch'):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f'{name} must be 0 or more, got {getattr(self, name)}.')
+        if self.cutout_length < 1:
+            raise ValueError(f'cutout_length must be at least 1, got {self.cutout_length}.')
+        if self.auto_augment and self.auto_augment not in _AUTO_AUGMENT_POLICIES:
+            raise ValueError(
+                f'auto_augment must be empty or one of {sorted(_AUTO_AUGMENT_POLICIES)}, got {self.auto_augment!r}.')
+
+    @property
+    def mixes(self) -> bool:
+        """Whether targets are soft."""
+        return self.mixup > 0. or self.cutmix > 0.
+
+
+class ImageDraws(NamedTuple):
+    """Draws for images taken one by one; the first axis of each array is the image."""
+    flip: np.ndarray  # (B,) bool
+    crop: np.ndarray  # (B, 2) top and left in the padded image
+    policy: np.ndarray  # (B,) AutoAugment's sub-policy
+    apply: np.ndarray  # (B, 2) uniform in [0, 1): an operation is applied where this is at most its probability
+    negate: np.ndarray  # (B, 2) bool, sign of each operation's magnitude
+    holes: np.ndarray  # (B, cutout_holes, 2) row and column of each square's centre
+
+    def take(self, part: slice) -> 'ImageDraws':
+        """The draws of some of the images."""
+        return ImageDraws(*(values[part] for values in self))
+
+
+class MixDraws(NamedTuple):
+    """Draws for mixing each image with its partner; the first axis of each array is the image."""
+    pixel_weight: np.ndarray  # (B,) float32 weight of the image's own pixels outside the box: lambda, or 1 for CutMix
+    box: np.ndarray  # (B, 4) top, bottom, left, right of what is pasted from the partner; empty for Mixup
+    target_weight: np.ndarray  # (B,) float32 weight of the image's own target
+
+    def take(self, part: slice) -> 'MixDraws':
+        """The draws of some of the images."""
+        return MixDraws(*(values[part] for values in self))
+
+
+def draw_images(config: AugmentConfig, count: int, size: tuple[int, int], rng: np.random.Generator) -> ImageDraws:
+    """Draw flips, crops, AutoAugment operations and cutout squares for ``count`` images of ``size`` (H, W)."""
+    policies = len(_auto_augment(config.auto_augment).policies) if config.auto_augment else 1
+    return ImageDraws(
+        flip=rng.random(count) < config.hflip,
+        crop=rng.integers(2 * config.crop_padding + 1, size=(count, 2)),
+        policy=rng.integers(policies, size=count),
+        apply=rng.random((count, 2)),
+        negate=rng.random((count, 2)) < 0.5,
+        holes=rng.integers(size, size=(count, config.cutout_holes, 2)),
+    )
+
+
+def draw_mix(config: AugmentConfig, count: int, size: tuple[int, int], rng: np.random.Generator) -> MixDraws:
+    """Draw Mixup's and CutMix's parameters image by image, as timm's ``Mixup(mode='elem')`` does."""
+    use_cutmix = rng.random(count) < (config.mixup_switch_prob if config.mixup > 0. else 1.)
+    if config.cutmix == 0.:
+        use_cutmix[:] = False
+    # Both are drawn so that the number of draws never depends on an outcome.
+    beta = np.where(
+        use_cutmix,
+        rng.beta(config.cutmix or 1., config.cutmix or 1., count),
+        rng.beta(config.mixup or 1., config.mixup or 1., count))
+    lam = np.where(rng.random(count) < config.mixup_prob, beta, 1.)
+
+    height, width = size
+    ratio = np.where(use_cutmix, np.sqrt(1. - lam), 0.)
+    centre = rng.integers(size, size=(count, 2))
+    box = []
+    for axis, length in enumerate(size):
+        cut = (length * ratio).astype(np.int64)
+        box.append(np.clip(centre[:, axis] - cut // 2, 0, length))
+        box.append(np.clip(centre[:, axis] + (cut + 1) // 2, 0, length))
+    area = (box[1] - box[0]) * (box[3] - box[2])
+    return MixDraws(
+        pixel_weight=np.where(use_cutmix, 1., lam).astype(np.float32),
+        box=np.stack(box, axis=1),
+        target_weight=np.where(use_cutmix, 1. - area / (height * width), lam).astype(np.float32),
+    )
+
+
+def _to(values: np.ndarray, device: torch.device) -> torch.Tensor:
+    return torch.from_numpy(np.ascontiguousarray(values)).to(device, non_blocking=True)
+
+
+def crop_and_flip(images: torch.Tensor, crop: torch.Tensor, flip: torch.Tensor, padding: int) -> torch.Tensor:
+    """Pad with black, crop to the original size, then flip.
+
+    Args:
+        images: Batch, B x C x H x W, any dtype.
+        crop: Top and left of each crop in the padded image, B x 2, int64.
+        flip: Which images are flipped left to right, B, bool.
+        padding: Pixels added on each side.
+
+    Returns:
+        Batch, B x C x H x W.
+    """
+    batch, channels, height, width = images.shape
+    device = images.device
+    if padding:
+        padded = F.pad(images, (padding,) * 4)
+        wide = width + 2 * padding
+        # Every run of `width` pixels of the padded batch is a row of this view: a crop is then a choice of rows,
+        # which are copied whole.
+        runs = padded.as_strided((padded.numel() - width + 1, width), (1, 1))
+        plane = torch.arange(batch * channels, device=device).view(batch, channels, 1) * (height + 2 * padding) * wide
+        row = (crop[:, :1] + torch.arange(height, device=device)) * wide + crop[:, 1:]
+        images = runs.index_select(0, (plane + row.unsqueeze(1)).flatten()).view(batch, channels, height, width)
+    both = torch.cat((images, images.flip(3)))
+    return both.index_select(0, torch.arange(batch, device=device) + batch * flip)
+
+
+def cutout_mask(holes: torch.Tensor, length: int, size: tuple[int, int]) -> torch.Tensor:
+    """Mask of the squares of side ``length`` centred at ``holes``, clipped at the border.
+
+    A square covers ``[centre - length // 2, centre - length // 2 + length)`` on each axis.
+
+    Args:
+        holes: Row and column of the centres, B x holes x 2, int64.
+        length: Side in pixels.
+        size: Height and width of the images.
+
+    Returns:
+        float32, B x 1 x H x W: 0 in a square, 1 elsewhere.
+    """
+    height, width = size
+    start = holes - length // 2
+    rows = torch.arange(height, device=holes.device) - start[..., :1]
+    columns = torch.arange(width, device=holes.device) - start[..., 1:]
+    rows = ((rows >= 0) & (rows < length)).float()
+    columns = ((columns >= 0) & (columns < length)).float()
+    covered = torch.einsum('bnh,bnw->bhw', rows, columns)
+    return (covered == 0.).float().unsqueeze(1)
+
+
+class _BatchAutoAugment(v2.AutoAugment):
+    """torchvision's AutoAugment with the draws given, on a batch.
+
+    Images that get the same operation at the same magnitude are taken together through torchvision's own operation.
+    """
+
+    def __init__(self, policy: v2.AutoAugmentPolicy) -> None:
+        super().__init__(policy)
+        self.policies = self._policies
+
+    def forward(self, images: torch.Tensor, draws: ImageDraws) -> torch.Tensor:
+        height, width = images.shape[-2:]
+        for stage in range(2):
+            groups: dict[tuple[str, float], list[int]] = {}
+            for row, policy in enumerate(draws.policy.tolist()):
+                name, probability, level = self.policies[policy][stage]
+                if draws.apply[row, stage] <= probability:
+                    magnitude = self._magnitude(name, level, height, width, draws.negate[row, stage])
+                    groups.setdefault((name, magnitude), []).append(row)
+            for (name, magnitude), rows in groups.items():
+                index = _to(np.array(rows), images.device)
+                group = self._apply_image_or_video_transform(
+                    images.index_select(0, index), name, magnitude, interpolation=self.interpolation, fill=self._fill)
+                images.index_copy_(0, index, group)
+        return images
+
+    def _magnitude(self, name: str, level: Optional[int], height: int, width: int, negate: bool) -> float:
+        magnitudes, signed = self._AUGMENTATION_SPACE[name]
+        if level is None:
+            return 0.
+        magnitude = float(magnitudes(10, height, width)[level])
+        return -magnitude if signed and negate else magnitude
+
+
+def _auto_augment(name: str) -> _BatchAutoAugment:
+    return _BatchAutoAugment(_AUTO_AUGMENT_POLICIES[name])
+
+
+class Normalize:
+    """uint8 to float32 of mean 0 and deviation 1 by channel.
+
+    Args:
+        mean: Mean of each channel, on the scale of 0 to 1.
+        std: Standard deviation of each channel, on the same scale.
+        device: Where the batches are.
+    """
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float], device: torch.device) -> None:
+        mean_, std_ = torch.tensor(mean, dtype=torch.float64), torch.tensor(std, dtype=torch.float64)
+        self.scale = (1. / (255. * std_)).float().to(device).view(-1, 1, 1)
+        self.shift = (-mean_ / std_).float().to(device).view(-1, 1, 1)
+
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        return (images * self.scale).add_(self.shift)
+
+
+class BatchAugment:
+    """Augments uint8 batches and normalises them.
+
+    Args:
+        config: What to do; mixing is left to :func:`mix_images`, which needs a second batch.
+        normalize: uint8 to float.
+    """
+
+    def __init__(self, config: AugmentConfig, normalize: Normalize) -> None:
+        self.config = config
+        self.normalize = normalize
+        self.auto_augment = _auto_augment(config.auto_augment) if config.auto_augment else None
+
+    def __call__(self, images: torch.Tensor, draws: ImageDraws) -> torch.Tensor:
+        """Flip, crop, AutoAugment, normalise and cut out.
+
+        Args:
+            images: uint8 batch, B x C x H x W.
+            draws: For these images.
+
+        Returns:
+            float32 batch, B x C x H x W.
+        """
+        config = self.config
+        device = images.device
+        if config.crop_padding or config.hflip:
+            images = crop_and_flip(images, _to(draws.crop, device), _to(draws.flip, device), config.crop_padding)
+        if self.auto_augment is not None:
+            images = self.auto_augment(images, draws)
+        images = self.normalize(images)
+        if config.cutout_holes:
+            # After normalisation the mean is 0.
+            images.mul_(cutout_mask(_to(draws.holes, device), config.cutout_length, images.shape[-2:]))
+        return images
+
+
+def mix_images(images: torch.Tensor, partners: torch.Tensor, draws: MixDraws) -> torch.Tensor:
+    """Mixup, or CutMix, of each image with its partner.
+
+    Args:
+        images: float batch, B x C x H x W.
+        partners: What is mixed in, B x C x H x W.
+        draws: For these images.
+
+    Returns:
+        float batch, B x C x H x W.
+    """
+    device = images.device
+    top, bottom, left, right = _to(draws.box, device).view(-1, 4, 1).unbind(1)
+    rows = torch.arange(images.shape[2], device=device)
+    columns = torch.arange(images.shape[3], device=device)
+    inside_rows = ((rows >= top) & (rows < bottom)).view(-1, 1, images.shape[2], 1)
+    inside_columns = ((columns >= left) & (columns < right)).view(-1, 1, 1, images.shape[3])
+    weight = _to(draws.pixel_weight, device).view(-1, 1, 1, 1) * ~(inside_rows & inside_columns)
+    return torch.lerp(partners, images, weight)
+
+
+def mix_targets(
+        labels: torch.Tensor,
+        num_classes: int,
+        draws: Optional[MixDraws],
+        smoothing: float,
+) -> torch.Tensor:
+    """Soft targets of a batch in which image i is mixed with image B - 1 - i (timm's ``mixup_target``).
+
+    Args:
+        labels: Class indices, B.
+        num_classes: Number of classes.
+        draws: For the whole batch; None where nothing is mixed.
+        smoothing: Label smoothing.
+
+    Returns:
+        float32, B x num_classes.
+    """
+    weight = 1. if draws is None else _to(draws.target_weight, labels.device).unsqueeze(1)
+    return mixup_target(labels, num_classes, weight, smoothing)
