@@ -1,0 +1,217 @@
+"""Files of weights and of whole training states, in safetensors: tensors and JSON, nothing that runs when it is read.
+
+A training state is written aside, synced and renamed; the one before it is kept until the new one is whole. Each
+carries a SHA-256 digest of all it holds, so a torn or altered file is known when it is read.
+"""
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+
+__all__ = [
+    'CHECKPOINT_FILE', 'PREVIOUS_FILE', 'CorruptCheckpointError', 'save_state', 'load_state', 'read_state_bytes',
+    'save_weights', 'load_weights',
+]
+
+_logger = logging.getLogger(__name__)
+
+CHECKPOINT_FILE = 'checkpoint.safetensors'
+PREVIOUS_FILE = 'checkpoint-prev.safetensors'
+
+_TENSOR, _ITEMS, _TUPLE = '$tensor', '$items', '$tuple'
+
+
+class CorruptCheckpointError(ValueError):
+    """A training state is torn, altered or no training state at all."""
+
+
+def save_state(folder: str | os.PathLike[str], state: Mapping[str, Any]) -> Path:
+    """Writes a training state to `checkpoint.safetensors`; the one before it becomes `checkpoint-prev.safetensors`.
+
+    Args:
+        folder: Run folder.
+        state: Nested dicts, lists and tuples of tensors, numbers, texts, booleans and None.
+
+    Returns:
+        Path of the file.
+
+    Raises:
+        OSError: If the file cannot be written; the states already there are left as they were.
+        TypeError: If the state holds something else.
+    """
+    path, previous = Path(folder, CHECKPOINT_FILE), Path(folder, PREVIOUS_FILE)
+    temporary = _write_synced(path, dump_state(state))
+    if path.exists():
+        os.replace(path, previous)
+    os.replace(temporary, path)
+    _sync_folder(path.parent)
+    return path
+
+
+def dump_state(state: Mapping[str, Any]) -> bytes:
+    """The bytes of a training state's file."""
+    tensors: dict[str, torch.Tensor] = {}
+    text = json.dumps(_pack(state, 'state', tensors))
+    return safetensors.torch.save(tensors, {'state': text, 'sha256': _digest(tensors, text)})
+
+
+def load_state(data: bytes) -> dict[str, Any]:
+    """The training state in a file's bytes, tensors on the CPU.
+
+    Raises:
+        CorruptCheckpointError: If the bytes are not a whole, unaltered training state.
+    """
+    try:
+        tensors = safetensors.torch.load(data)
+        length = int.from_bytes(data[:8], 'little')
+        metadata = json.loads(data[8:8 + length])['__metadata__']
+        text, digest = metadata['state'], metadata['sha256']
+    except (safetensors.SafetensorError, ValueError, KeyError, TypeError) as e:
+        raise CorruptCheckpointError(f'not a whole training state ({e})') from e
+    if _digest(tensors, text) != digest:
+        raise CorruptCheckpointError('the SHA-256 digest does not match: the file was altered')
+    return _unpack(json.loads(text), tensors)
+
+
+def read_state_bytes(path: str | os.PathLike[str]) -> bytes | None:
+    """The bytes of the newest whole training state.
+
+    Args:
+        path: A run folder, whose last state is read or, with a warning, the one before it; or a state's own file.
+
+    Returns:
+        Bytes that `load_state` takes, or None where the folder holds no state.
+
+    Raises:
+        FileNotFoundError: If there is nothing at `path`.
+        CorruptCheckpointError: If there are states but none of them is whole.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f'no run folder or checkpoint at {path}')
+    candidates = [path / CHECKPOINT_FILE, path / PREVIOUS_FILE] if path.is_dir() else [path]
+    candidates = [file for file in candidates if file.exists()]
+    faults = []
+    for file in candidates:
+        data = file.read_bytes()
+        try:
+            load_state(data)
+        except CorruptCheckpointError as e:
+            faults.append(f'{file}: {e}')
+            continue
+        if faults:
+            _logger.warning(f'{"; ".join(faults)}; using {file.name} instead.')
+        return data
+    if faults:
+        raise CorruptCheckpointError('; '.join(faults))
+    return None
+
+
+def save_weights(path: str | os.PathLike[str], state_dict: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
+    """Writes a model's state dict, under timm's names, with text metadata, in one step.
+
+    Raises:
+        OSError: If the file cannot be written; one already there is left as it was.
+    """
+    path = Path(path)
+    tensors = {name: _detached(tensor) for name, tensor in state_dict.items()}
+    os.replace(_write_synced(path, safetensors.torch.save(tensors, {'format': 'pt', **metadata})), path)
+    _sync_folder(path.parent)
+
+
+def load_weights(path: str | os.PathLike[str]) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Reads a safetensors file of weights.
+
+    Returns:
+        State dict on the CPU, and the file's metadata.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is not a whole safetensors file.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f'no weights at {path}')
+    try:
+        with safetensors.safe_open(path, 'pt') as f:
+            return {name: f.get_tensor(name) for name in f.keys()}, f.metadata() or {}
+    except safetensors.SafetensorError as e:
+        raise ValueError(f'{path}: not a whole safetensors file ({e})') from e
+
+
+def _write_synced(path: Path, data: bytes) -> Path:
+    """Writes `data` to a temporary file beside `path`, down to the disk; nothing is left of a write that fails."""
+    temporary = path.with_name(f'.{path.name}.tmp')
+    try:
+        with open(temporary, 'wb') as f:
+            f.write(data)
+            f.flush()
+            os.fsync(f.fileno())
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    return temporary
+
+
+def _sync_folder(folder: Path) -> None:
+    """Makes renames in a folder last through a power cut, where the system can."""
+    if os.name != 'posix':
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _detached(tensor: torch.Tensor) -> torch.Tensor:
+    """A contiguous CPU copy: safetensors refuses tensors that share memory, as tied weights do."""
+    return tensor.detach().to('cpu', copy=True).contiguous()
+
+
+def _pack(value: Any, path: str, tensors: dict[str, torch.Tensor]) -> Any:
+    if isinstance(value, torch.Tensor):
+        tensors[path] = _detached(value)
+        return {_TENSOR: path}
+    if isinstance(value, Mapping):
+        if all(isinstance(key, str) for key in value):
+            return {key: _pack(item, f'{path}.{key}', tensors) for key, item in value.items()}
+        return {_ITEMS: [[key, _pack(item, f'{path}.{key}', tensors)] for key, item in value.items()]}
+    if isinstance(value, (list, tuple)):
+        items = [_pack(item, f'{path}.{index}', tensors) for index, item in enumerate(value)]
+        return {_TUPLE: items} if isinstance(value, tuple) else items
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    raise TypeError(f'{path}: a {type(value).__name__} cannot be saved')
+
+
+def _unpack(value: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
+    if isinstance(value, list):
+        return [_unpack(item, tensors) for item in value]
+    if not isinstance(value, dict):
+        return value
+    if _TENSOR in value:
+        return tensors[value[_TENSOR]]
+    if _ITEMS in value:
+        return {key: _unpack(item, tensors) for key, item in value[_ITEMS]}
+    if _TUPLE in value:
+        return tuple(_unpack(item, tensors) for item in value[_TUPLE])
+    return {key: _unpack(item, tensors) for key, item in value.items()}
+
+
+def _digest(tensors: Mapping[str, torch.Tensor], text: str) -> str:
+    """SHA-256 over names, types, shapes and values of all tensors and over the JSON text."""
+    digest = hashlib.sha256(text.encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f'\n{name} {tensor.dtype} {tuple(tensor.shape)}\n'.encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()

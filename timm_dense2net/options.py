@@ -1,0 +1,304 @@
+"""Arguments of `train_cifar.py`: timm's names for what timm's train.py has, recipes, and what cannot go together.
+
+A value comes from, in order of rising precedence: the defaults here (the deck's SGD recipe), a recipe, the arguments
+saved with a run that is resumed, the command line.
+"""
+from __future__ import annotations
+
+import argparse
+import difflib
+import importlib.util
+import os
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+from timm.utils import ParseKwargs
+
+__all__ = ['build_parser', 'parse_args', 'check_args', 'list_recipes', 'load_recipe', 'ARGS_FILE']
+
+ARGS_FILE = 'args.yaml'
+
+# Set for one invocation and no part of what a run is.
+_NOT_SAVED = ('resume', 'eval_only', 'checkpoint', 'recipe_list')
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser; its defaults are the deck's Dense2Net run."""
+    parser = argparse.ArgumentParser(
+        description='Train and evaluate a timm model on CIFAR-100 or any timm data set that fits in memory.',
+        allow_abbrev=False)
+    flag = argparse.BooleanOptionalAction
+
+    group = parser.add_argument_group('Run')
+    group.add_argument('--recipe', metavar='NAME', help=f'packaged recipe or YAML file ({", ".join(list_recipes())})')
+    group.add_argument('--output', default='./output', metavar='DIR', help='folder of run folders (%(default)s)')
+    group.add_argument('--experiment', metavar='NAME', help="run folder's name (date-model-recipe)")
+    group.add_argument(
+        '--resume', metavar='PATH', help="run folder or checkpoint; 'auto': the run of --experiment where there is one")
+    group.add_argument('--eval-only', action='store_true', help='evaluate --checkpoint or --pretrained, train nothing')
+    group.add_argument('--checkpoint', metavar='PATH', help='run folder or weights to evaluate with --eval-only')
+    group.add_argument('--seed', type=int, default=42, metavar='N')
+    group.add_argument('--device', default=None, help='cpu, cuda, ... (cuda where there is one)')
+    group.add_argument('--log-interval', type=int, default=50, metavar='N', help='batches between host reads of the loss')
+    group.add_argument('--checkpoint-interval', type=int, default=0, metavar='N', help='also save every N updates')
+    group.add_argument('--log-wandb', action=flag, default=False, help='log to Weights & Biases')
+    group.add_argument('--log-tensorboard', action=flag, default=False, help='log to TensorBoard')
+
+    group = parser.add_argument_group('Data')
+    group.add_argument(
+        '--dataset', '-d', default='torch/cifar100', metavar='NAME', help="timm data set spec, or 'digits' (%(default)s)")
+    group.add_argument('--data-dir', metavar='DIR', help='root folder of the data set')
+    group.add_argument('--dataset-download', action=flag, default=False, help='download where supported')
+    group.add_argument('--input-key', metavar='NAME', help='image column of a Hugging Face data set')
+    group.add_argument('--target-key', metavar='NAME', help='label column of a Hugging Face data set')
+    group.add_argument('--hold-out', type=int, default=0, metavar='N', help=(
+        'choose on N training images; the test split is touched once, at the end'))
+    group.add_argument('-b', '--batch-size', type=int, default=128, metavar='N', help='a process (%(default)s)')
+    group.add_argument('-vb', '--validation-batch-size', type=int, metavar='N')
+    group.add_argument('-j', '--workers', type=int, default=2, metavar='N', help='loader processes where data is read from disk')
+    group.add_argument('--img-size', type=int, metavar='N', help="side of the images (the data set's own)")
+    group.add_argument('--mean', type=float, nargs='+', metavar='MEAN', help='override the mean, pixels in 0..1')
+    group.add_argument('--std', type=float, nargs='+', metavar='STD', help='override the standard deviation')
+
+    group = parser.add_argument_group('Model')
+    group.add_argument('--model', default='dense2net121_s4', metavar='MODEL', help='any timm model (%(default)s)')
+    group.add_argument('--model-kwargs', nargs='*', default={}, action=ParseKwargs, metavar='KEY=VALUE')
+    group.add_argument('--pretrained', action=flag, default=False, help='start from (or evaluate) pretrained weights')
+    group.add_argument('--initial-checkpoint', metavar='PATH', help='start from these weights')
+    group.add_argument('--num-classes', type=int, metavar='N', help="number of classes (the data's)")
+    group.add_argument('--drop', type=float, metavar='PCT', help='dropout rate')
+    group.add_argument('--drop-path', type=float, metavar='PCT', help='drop-path rate')
+    group.add_argument('--model-ema', action=flag, default=False, help='keep an exponential moving average of weights')
+    group.add_argument('--model-ema-decay', type=float, default=0.9998, metavar='D')
+    group.add_argument('--model-ema-warmup', action=flag, default=False, help='warm the decay up; needed on short runs')
+
+    group = parser.add_argument_group('Optimizer and schedule')
+    group.add_argument('--epochs', type=int, default=100, metavar='N')
+    group.add_argument(
+        '--opt', default='momentum', metavar='OPTIMIZER', help="timm's name; 'momentum' is plain SGD, 'sgd' Nesterov's")
+    group.add_argument('--lr', type=float, default=0.1, metavar='LR')
+    group.add_argument('--momentum', type=float, default=0.9, metavar='M')
+    group.add_argument('--weight-decay', type=float, default=1e-4, metavar='WD', help='on all parameters (%(default)s)')
+    group.add_argument('--clip-grad', type=float, metavar='NORM')
+    group.add_argument('--clip-mode', default='norm', choices=('norm', 'value', 'agc'))
+    group.add_argument('--layer-decay', type=float, metavar='D', help='layer-wise learning-rate decay')
+    group.add_argument('--grad-accum-steps', type=int, default=1, metavar='N')
+    group.add_argument('--sched', default='plateau', metavar='SCHEDULER', help=(
+        "'plateau' (on validation loss) or a schedule of timm's (%(default)s)"))
+    group.add_argument('--sched-on-updates', action=flag, default=False, help='step the schedule each update')
+    group.add_argument('--warmup-epochs', type=int, default=0, metavar='N')
+    group.add_argument('--warmup-lr', type=float, default=1e-5, metavar='LR')
+    group.add_argument('--min-lr', type=float, default=0., metavar='LR')
+    group.add_argument('--patience-epochs', type=int, default=10, metavar='N', help='plateau: epochs without improvement')
+    group.add_argument('--decay-rate', type=float, default=0.1, metavar='RATE', help='factor of plateau, step, ...')
+    group.add_argument('--decay-epochs', type=float, default=90, metavar='N', help='step: epochs between decays')
+    group.add_argument('--decay-milestones', type=int, nargs='+', default=[90, 180, 270], metavar='N')
+    group.add_argument('--cooldown-epochs', type=int, default=0, metavar='N')
+    group.add_argument('--early-stop-patience', type=int, default=25, metavar='N', help=(
+        'stop after N epochs without a better validation top-1, 0: never (%(default)s)'))
+
+    group = parser.add_argument_group('Augmentation')
+    group.add_argument('--aug', action=flag, default=True, help='--no-aug turns all training augmentation off')
+    group.add_argument('--hflip', type=float, default=0.5, metavar='P')
+    group.add_argument('--crop-padding', type=int, default=4, metavar='N', help='pad by N and crop back at random')
+    group.add_argument('--cutout-holes', type=int, default=0, metavar='N')
+    group.add_argument('--cutout-length', type=int, default=8, metavar='N')
+    group.add_argument('--aa', default='', metavar='NAME', help="AutoAugment policy: 'cifar10' or none")
+    group.add_argument('--mixup', type=float, default=0., metavar='ALPHA')
+    group.add_argument('--cutmix', type=float, default=0., metavar='ALPHA')
+    group.add_argument('--mixup-prob', type=float, default=1., metavar='P')
+    group.add_argument('--mixup-switch-prob', type=float, default=0.5, metavar='P')
+    group.add_argument('--mixup-off-epoch', type=int, default=0, metavar='N', help='no mixup or cutmix from here, 0: never off')
+    group.add_argument('--smoothing', type=float, default=0., metavar='E', help='label smoothing')
+
+    group = parser.add_argument_group('Speed and machines')
+    group.add_argument('--amp', action=flag, default=False, help='mixed precision')
+    group.add_argument('--amp-dtype', default='bfloat16', choices=('bfloat16', 'float16'))
+    group.add_argument('--channels-last', action=flag, default=False)
+    group.add_argument('--torchcompile', nargs='?', const='inductor', metavar='BACKEND', help='compile the model')
+    group.add_argument('--sync-bn', action=flag, default=False, help='batch statistics over all processes (GPU)')
+    group.add_argument('--dist-bn', default='reduce', choices=('reduce', 'broadcast', ''), help=(
+        'share running batch-norm statistics between processes after each epoch'))
+    return parser
+
+
+def list_recipes() -> list[str]:
+    """Names of the packaged recipes."""
+    return sorted(path.name[:-5] for path in _recipe_folder().iterdir() if path.name.endswith('.yaml'))
+
+
+def _recipe_folder():
+    return resources.files(__package__) / 'recipes'
+
+
+def load_recipe(name: str, parser: argparse.ArgumentParser | None = None) -> dict[str, Any]:
+    """Reads and checks a recipe: a YAML mapping of argument names, with underscores, to values.
+
+    Args:
+        name: A packaged recipe's name or the path of a YAML file.
+        parser: The parser whose arguments the recipe sets.
+
+    Raises:
+        ValueError: If there is no such recipe, a key is not an argument or a value is of the wrong type.
+    """
+    if name in list_recipes():
+        text = (_recipe_folder() / f'{name}.yaml').read_text(encoding='utf-8')
+    elif Path(name).is_file():
+        text = Path(name).read_text(encoding='utf-8')
+    else:
+        raise ValueError(f"no recipe '{name}': give a YAML file or one of {', '.join(list_recipes())}")
+    return _check_values(_parse_yaml(text, f'recipe {name}'), parser or build_parser(), f'recipe {name}')
+
+
+def _parse_yaml(text: str, source: str) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as e:
+        raise ValueError(f'{source}: not YAML: {" ".join(str(e).split())}') from e
+    if not isinstance(values, dict):
+        raise ValueError(f'{source}: a mapping of argument names to values is expected')
+    return values
+
+
+def _check_values(values: Mapping[str, Any], parser: argparse.ArgumentParser, source: str) -> dict[str, Any]:
+    actions = {action.dest: action for action in parser._actions if action.dest not in ('help', 'recipe', *_NOT_SAVED)}
+    checked = {}
+    for key, value in values.items():
+        if key not in actions:
+            close = difflib.get_close_matches(str(key), actions, n=1)
+            raise ValueError(f"{source}: unknown key '{key}'" + (f", did you mean '{close[0]}'?" if close else ''))
+        checked[key] = _check_value(actions[key], value, f'{source}: {key}')
+    return checked
+
+
+def _check_value(action: argparse.Action, value: Any, where: str) -> Any:
+    if value is None:
+        if action.default is not None:
+            raise ValueError(f'{where} has no value')
+        return None
+    if isinstance(action, argparse.BooleanOptionalAction):
+        return _expect(isinstance(value, bool), value, value, 'true or false', where)
+    if isinstance(action, ParseKwargs):
+        return _expect(isinstance(value, dict), value, value, 'a mapping', where)
+    if action.nargs == '+':
+        if not isinstance(value, list) or not value:
+            raise ValueError(f'{where} must be a list, got {value!r}')
+        return [_check_scalar(action, item, where) for item in value]
+    return _check_scalar(action, value, where)
+
+
+def _check_scalar(action: argparse.Action, value: Any, where: str) -> Any:
+    if action.type is int:
+        return _expect(isinstance(value, int) and not isinstance(value, bool), value, value, 'a whole number', where)
+    if action.type is float:
+        # YAML 1.1 reads 1e-4, without a point, as text.
+        number = _to_float(value)
+        return _expect(number is not None, number, value, 'a number', where)
+    _expect(isinstance(value, str), value, value, 'text', where)
+    if action.choices is not None:
+        _expect(value in action.choices, value, value, f'one of {", ".join(map(repr, action.choices))}', where)
+    return value
+
+
+def _to_float(value: Any) -> float | None:
+    try:
+        return None if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError):
+        return None
+
+
+def _expect(holds: bool, result: Any, value: Any, wanted: str, where: str) -> Any:
+    if not holds:
+        raise ValueError(f'{where} must be {wanted}, got {value!r}')
+    return result
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parses the command line over a recipe and, when resuming, over the run's saved arguments.
+
+    Raises:
+        ValueError: If a recipe or saved arguments are bad, or options cannot go together.
+    """
+    parser = build_parser()
+    early, _ = _early_parser().parse_known_args(argv)
+    saved = _saved_args_file(early)
+    if saved:
+        values = _parse_yaml(saved.read_text(encoding='utf-8'), str(saved))
+        recipe = values.pop('recipe', None)
+        if early.recipe and early.recipe != recipe:
+            raise ValueError(f'{saved.parent} was trained with recipe {recipe}: it cannot be resumed with {early.recipe}')
+        parser.set_defaults(**_check_values(values, parser, str(saved)), recipe=recipe)
+    elif early.recipe:
+        parser.set_defaults(**load_recipe(early.recipe, parser))
+    args = parser.parse_args(argv)
+    if saved:
+        args.output, args.experiment = str(saved.parent.parent), saved.parent.name
+    check_args(args)
+    return args
+
+
+def _early_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for name in ('--recipe', '--resume', '--experiment'):
+        parser.add_argument(name)
+    parser.add_argument('--output', default='./output')
+    return parser
+
+
+def _saved_args_file(early: argparse.Namespace) -> Path | None:
+    """args.yaml of the run that is resumed, if one is."""
+    if not early.resume:
+        return None
+    if early.resume == 'auto':
+        if not early.experiment:
+            raise ValueError('--resume auto needs --experiment to know which run is meant')
+        path = Path(early.output, early.experiment, ARGS_FILE)
+        return path if path.is_file() else None
+    folder = Path(early.resume)
+    path = (folder if folder.is_dir() else folder.parent) / ARGS_FILE
+    if not path.is_file():
+        raise ValueError(f'--resume {early.resume}: no run is there ({path} is missing)')
+    return path.resolve()
+
+
+def saved_args(args: argparse.Namespace) -> dict[str, Any]:
+    """The arguments that make a run what it is, as plain values for YAML and JSON."""
+    return {key: value for key, value in sorted(vars(args).items()) if key not in _NOT_SAVED}
+
+
+def check_args(args: argparse.Namespace) -> None:
+    """Refuses what cannot work before any work is done.
+
+    Raises:
+        ValueError: Naming the value, or the two options that cannot go together.
+    """
+    for name, least in (
+            ('epochs', 1), ('batch_size', 1), ('validation_batch_size', 1), ('grad_accum_steps', 1), ('log_interval', 1),
+            ('checkpoint_interval', 0), ('hold_out', 0), ('early_stop_patience', 0), ('patience_epochs', 0),
+            ('warmup_epochs', 0), ('workers', 0), ('num_classes', 1), ('lr', 0), ('weight_decay', 0)):
+        value = getattr(args, name)
+        if value is not None and value < least:
+            raise ValueError(f'--{name.replace("_", "-")} must be at least {least}, got {value}')
+    if not 0 <= args.smoothing < 1:
+        raise ValueError(f'--smoothing must be in [0, 1), got {args.smoothing}')
+    if args.sched == 'plateau' and (args.warmup_epochs or args.sched_on_updates):
+        raise ValueError('--sched plateau steps once an epoch without warm-up: drop --warmup-epochs and --sched-on-updates')
+    if args.warmup_epochs >= args.epochs and args.sched != 'none':
+        raise ValueError(f'--warmup-epochs {args.warmup_epochs} leaves nothing of --epochs {args.epochs}')
+    if args.eval_only:
+        if args.resume:
+            raise ValueError('--eval-only trains nothing, so --resume has no meaning: name the run with --checkpoint')
+        if bool(args.checkpoint) == bool(args.pretrained):
+            raise ValueError('--eval-only needs either --checkpoint PATH or --pretrained')
+    elif args.checkpoint:
+        raise ValueError('--checkpoint names weights to evaluate: add --eval-only, or use --initial-checkpoint to train')
+    if args.pretrained and args.initial_checkpoint:
+        raise ValueError('--pretrained and --initial-checkpoint both set the first weights: give one')
+    for option, package in (('log_wandb', 'wandb'), ('log_tensorboard', 'tensorboard')):
+        if getattr(args, option) and importlib.util.find_spec(package) is None:
+            raise ValueError(f'--{option.replace("_", "-")}: {package} is not installed')
+    if int(os.environ.get('WORLD_SIZE', 1)) == 1 and args.sync_bn:
+        raise ValueError('--sync-bn shares batch statistics between processes: start them with torchrun')

@@ -1,0 +1,39 @@
+"""The random states a process depends on, as tensors that can be saved."""
+from __future__ import annotations
+
+import math
+import random
+
+import numpy as np
+import torch
+
+__all__ = ['rng_state', 'set_rng_state']
+
+
+def rng_state(device: torch.device) -> dict[str, torch.Tensor]:
+    """States of torch (CPU and `device`), NumPy and Python."""
+    version, internal, gauss_next = random.getstate()
+    _, keys, position, has_gauss, cached_gaussian = np.random.get_state()
+    state = dict(
+        torch=torch.get_rng_state(),
+        numpy_keys=torch.from_numpy(keys.astype(np.int64)),
+        numpy_rest=torch.tensor([position, has_gauss, cached_gaussian], dtype=torch.double),
+        python_internal=torch.tensor([version, *internal]),
+        python_gauss=torch.tensor(math.nan if gauss_next is None else gauss_next, dtype=torch.double),
+    )
+    if device.type != 'cpu':
+        state['device'] = torch.get_device_module(device).get_rng_state(device)
+    return state
+
+
+def set_rng_state(state: dict[str, torch.Tensor], device: torch.device) -> None:
+    """Sets what `rng_state` returned; the device's state is left alone if it was taken on another kind of device."""
+    torch.set_rng_state(state['torch'])
+    position, has_gauss, cached_gaussian = state['numpy_rest'].tolist()
+    np.random.set_state(
+        ('MT19937', state['numpy_keys'].numpy().astype(np.uint32), int(position), int(has_gauss), cached_gaussian))
+    version, *internal = state['python_internal'].tolist()
+    gauss_next = state['python_gauss'].item()
+    random.setstate((version, tuple(internal), None if math.isnan(gauss_next) else gauss_next))
+    if device.type != 'cpu' and 'device' in state:
+        torch.get_device_module(device).set_rng_state(state['device'], device)

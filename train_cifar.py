@@ -1,0 +1,82 @@
+#!/usr/bin/env python3
+"""Trains a timm model on CIFAR-100, CIFAR-10, digits or any timm data set that fits in memory.
+
+    python train_cifar.py --recipe deck_dense2net --data-dir data --dataset-download
+    python train_cifar.py --recipe nano                                nothing to download, minutes on a CPU
+    torchrun --nproc-per-node 4 train_cifar.py --recipe strong -b 32   one machine, four devices
+    python train_cifar.py --resume output/RUN                          go on where a run ended
+    python train_cifar.py --eval-only --checkpoint output/RUN          test a run's last weights
+
+docs/training.md tells more; --help lists all options.
+"""
+import argparse
+import logging
+import signal
+import sys
+
+import torch
+from timm.utils import random_seed, setup_default_logging
+
+from timm_dense2net.build import build_data, build_loader, build_model, load_evaluated, weights_metadata
+from timm_dense2net.distributed import Processes, start_processes
+from timm_dense2net.engine import Interrupted, Trainer, TrainingError, evaluate
+from timm_dense2net.options import parse_args
+from timm_dense2net.runs import RunFolder, read_resumed_state, write_run_results
+
+_logger = logging.getLogger('train')
+
+
+def train(args: argparse.Namespace, processes: Processes) -> None:
+    """Trains a run, or goes on with it, and writes its results."""
+    state = read_resumed_state(args, processes)
+    folder = RunFolder(args) if processes.primary else None
+    data = build_data(args)
+    # The same first weights in every process, then each its own random numbers, as in timm's train.py.
+    random_seed(args.seed)
+    model = build_model(args, data.train).to(
+        processes.device, memory_format=torch.channels_last if args.channels_last else torch.preserve_format)
+    random_seed(args.seed, processes.rank)
+    trainer = Trainer(
+        args, model, build_loader(args, data.train, data, processes, train=True),
+        build_loader(args, data.validation, data, processes), folder, weights_metadata(args, data), processes)
+    if state is not None:
+        trainer.load_state_dict(state)
+        _logger.info(f'going on at epoch {trainer.epoch + 1}, batch {trainer.batches_done + 1}')
+    trainer.fit()
+    if folder is not None:
+        write_run_results(args, data, trainer)
+
+
+def evaluate_only(args: argparse.Namespace, processes: Processes) -> None:
+    """Prints the test figures of `--checkpoint` or `--pretrained`."""
+    model, data = load_evaluated(args)
+    metrics = evaluate(
+        model.to(processes.device), build_loader(args, data.test, data, processes).epoch(0), processes=processes)
+    if processes.primary:
+        print(f'top-1 {metrics["top1"]:.2f} top-5 {metrics["top5"]:.2f} loss {metrics["loss"]:.4f}')
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the job; returns the exit code: 0, 1 (fault), 2 (bad arguments) or 128 + signal."""
+    setup_default_logging()
+    try:
+        args = parse_args(argv)
+    except (ValueError, OSError) as e:
+        print(f'error: {e}', file=sys.stderr)
+        return 2
+    try:
+        processes = start_processes(args.device)
+        (evaluate_only if args.eval_only else train)(args, processes)
+    except Interrupted as e:
+        print(f'{e}: the state is saved, --resume {args.output}/{args.experiment} goes on from it', file=sys.stderr)
+        return 128 + e.signum
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    except (ValueError, OSError, TrainingError) as e:
+        print(f'error: {e}', file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())
