@@ -1,0 +1,269 @@
+"""Evaluation of trained models: flip averaging, calibration, corruptions, the command and its faults."""
+import json
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from PIL import Image
+from torch import nn
+
+import timm_dense2net  # noqa: F401
+from timm_dense2net.checkpoint import save_weights
+from timm_dense2net.classes import CIFAR100_CLASSES
+from timm_dense2net.data import ImageArrays, load_arrays
+from timm_dense2net.evaluate import CORRUPTIONS, FlipAverage, corrupt, cross_fit_calibration, evaluate, main
+from timm_dense2net.results import expected_calibration_error
+from timm_dense2net.trained import TrainedModel, load_trained
+
+CIFAR100 = Path(__file__).parents[1] / '../shared/cifar100'
+MODEL = 'dense2net40_k12_s4'
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+    """Pictures of two classes, red and green, 40 each, of 32 x 32 noisy pixels."""
+    root = tmp_path_factory.mktemp('pictures')
+    generator = torch.Generator().manual_seed(0)
+    for channel, name in ((1, 'green'), (0, 'red')):
+        (root / 'test' / name).mkdir(parents=True)
+        for index in range(40):
+            pixels = torch.randint(0, 130, (32, 32, 3), generator=generator, dtype=torch.uint8)
+            pixels[..., channel] += 60
+            Image.fromarray(pixels.numpy()).save(root / 'test' / name / f'{index}.png')
+    return root
+
+
+def save_model(path, **metadata):
+    torch.manual_seed(0)
+    model = timm.create_model(MODEL, num_classes=2).eval()
+    save_weights(path, model.state_dict(), metadata)
+    return model
+
+
+def full_metadata(**changes):
+    return dict(dict(
+        model=MODEL, model_args='{}', num_classes='2', input_size='[3, 32, 32]', mean='[0.4, 0.4, 0.3]',
+        std='[0.2, 0.2, 0.1]', class_names='["green", "red"]'), **changes)
+
+
+class MeanColour(nn.Module):
+    """Tells red from green by the channels' means: right for every picture of the folder."""
+    num_classes = 2
+
+    def forward(self, x):
+        red, green, _ = x.mean(dim=(2, 3)).unbind(1)
+        return torch.stack((green - red, red - green), dim=1)
+
+
+def trained_colour(names=('green', 'red'), model=None):
+    config = dict(input_size=(3, 32, 32), mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
+    return TrainedModel('colour', model or MeanColour(), config, names, {})
+
+
+def test_evaluate_counts_right_answers(folder):
+    arrays = load_arrays(str(folder), 'test')
+    figures = evaluate(trained_colour(), arrays, batch_size=32)
+    assert figures == dict(samples=80, top1=100., top5=100.)
+    arrays.labels[:10] = 1
+    assert evaluate(trained_colour(), arrays, batch_size=7)['top1'] == 87.5
+
+
+def test_evaluate_refuses_other_classes(folder):
+    arrays = load_arrays(str(folder), 'test')
+    with pytest.raises(ValueError, match="class 0 is 'red' of colour and 'green' of the data"):
+        evaluate(trained_colour(names=('red', 'green')), arrays)
+    model = MeanColour()
+    model.num_classes = 3
+    with pytest.raises(ValueError, match='colour has 3 classes, the data 2'):
+        evaluate(trained_colour(model=model), arrays)
+
+
+def test_flip_average_is_the_mean_of_both_directions():
+    torch.manual_seed(0)
+    model = timm.create_model(MODEL, num_classes=5).eval()
+    x = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        averaged = FlipAverage(model)(x)
+        torch.testing.assert_close(averaged, (model(x) + model(torch.flip(x, dims=[3]))) / 2)
+        torch.testing.assert_close(averaged, FlipAverage(model)(x.flip(-1)))
+        assert not torch.allclose(averaged, model(x))
+
+
+def test_evaluate_with_the_mirror_image_averaged_in():
+    """A model that sees the left half only is right about half of the mirrored pictures until both are averaged."""
+    images = torch.zeros(40, 3, 8, 8, dtype=torch.uint8)
+    labels = torch.arange(40) % 2
+    side = torch.arange(40) // 2 % 2
+    for index in range(40):
+        half = slice(0, 4) if side[index] else slice(4, 8)
+        images[index, labels[index], :, half] = 255
+
+    class LeftHalf(MeanColour):
+        def forward(self, x):
+            red, green, _ = x[..., :4].mean(dim=(2, 3)).unbind(1)
+            return torch.stack((red - green + 1e-3, green - red), dim=1)
+
+    arrays = ImageArrays(images, labels, ('red', 'green'))
+    figures = evaluate(trained_colour(('red', 'green'), LeftHalf()), arrays, tta_flip=True)
+    assert figures['top1'] == 75. and figures['top1_flip'] == 100.
+
+
+def test_cross_fit_scales_each_half_by_the_other_halfs_temperature():
+    generator = torch.Generator().manual_seed(1)
+    targets = torch.randint(10, (3000,), generator=generator)
+    logits = torch.randn(3000, 10, generator=generator)
+    logits[torch.arange(3000), targets] += 1.5
+    figures = cross_fit_calibration(6 * logits, targets)
+    assert figures['ece'] == expected_calibration_error(6 * logits, targets)
+    assert figures['ece_scaled'] < 0.2 * figures['ece']
+    # The two halves are different samples of one distribution: temperatures close, not equal.
+    first, second = figures['temperatures']
+    assert first != second and abs(first - second) / first < 0.2
+    assert cross_fit_calibration(6 * logits, targets) == figures
+
+    # Were a half judged by its own temperature, wrong labels in one half could not spoil the other.
+    half = torch.randperm(3000, generator=torch.Generator().manual_seed(0))[:1500]
+    spoilt = targets.clone()
+    spoilt[half] = (spoilt[half] + 1) % 10
+    assert cross_fit_calibration(6 * logits, spoilt)['temperatures'][0] > 5 * second
+
+
+@pytest.fixture(scope='module')
+def pictures():
+    """Smooth random pictures, as photographs are."""
+    generator = torch.Generator().manual_seed(0)
+    coarse = torch.rand(12, 3, 6, 6, generator=generator) * 255
+    return nn.functional.interpolate(coarse, (32, 32), mode='bicubic').clamp(0, 255).to(torch.uint8)
+
+
+@pytest.mark.parametrize('name', CORRUPTIONS)
+def test_corruptions_grow_with_severity_and_repeat_by_seed(pictures, name):
+    original = pictures.clone()
+    distances = []
+    for severity in range(1, 6):
+        result = corrupt(pictures, name, severity)
+        assert result.dtype == torch.uint8 and result.shape == pictures.shape
+        assert torch.equal(result, corrupt(pictures, name, severity))
+        distances.append((result.float() - pictures.float()).square().mean().item())
+    assert 0 < distances[0] and distances == sorted(distances)
+    assert torch.equal(pictures, original)
+    different = corrupt(pictures, name, 3, seed=1)
+    assert torch.equal(different, corrupt(pictures, name, 3)) == (name != 'gaussian_noise')
+
+
+def test_corruptions_do_what_their_parameters_say(pictures):
+    grey = torch.full((4, 3, 32, 32), 128, dtype=torch.uint8)
+    noise = corrupt(grey, 'gaussian_noise', 5).float() - 128
+    assert noise.std().item() == pytest.approx(0.10 * 255, rel=0.03) and abs(noise.mean().item()) < 1
+    assert torch.equal(corrupt(grey, 'gaussian_blur', 5), grey)
+
+    dot = torch.zeros(1, 3, 33, 33, dtype=torch.uint8)
+    dot[..., 16, 16] = 255
+    blurred = corrupt(dot, 'gaussian_blur', 5)[0, 0].float() / 255
+    # A Gaussian of sigma 1 has 1 / (2 pi) at its centre and exp(-1/2) of that one pixel away.
+    assert blurred[16, 16].item() == pytest.approx(0.159, abs=0.01)
+    assert (blurred[16, 17] / blurred[16, 16]).item() == pytest.approx(0.607, abs=0.03)
+
+    contrast = corrupt(pictures, 'contrast', 5).float()
+    assert contrast.std().item() < 0.3 * pictures.float().std().item()
+
+
+def test_corruption_leaves_the_global_random_state_alone(pictures):
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    corrupt(pictures, 'gaussian_noise', 1)
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_unknown_corruptions_are_named(pictures):
+    with pytest.raises(ValueError, match="no corruption 'fog': choose one of gaussian_noise, "):
+        corrupt(pictures, 'fog', 1)
+    with pytest.raises(ValueError, match='severity must be 1 to 5, got 6'):
+        corrupt(pictures, 'jpeg', 6)
+
+
+def test_command_prints_all_figures_of_a_checkpoint(folder, tmp_path, capsys):
+    path = tmp_path / 'last.safetensors'
+    model = save_model(path, **full_metadata())
+    call = ['--checkpoint', str(tmp_path), '--dataset', str(folder), '--device', 'cpu']
+    assert main([*call, '--tta-flip', '--calibration', '--corruptions', '--output', str(tmp_path / 'out.json')]) == 0
+    figures = json.loads((tmp_path / 'out.json').read_text())
+
+    arrays = load_arrays(str(folder), 'test')
+    mean, std = torch.tensor([0.4, 0.4, 0.3]).view(3, 1, 1), torch.tensor([0.2, 0.2, 0.1]).view(3, 1, 1)
+    with torch.no_grad():
+        expected = (model((arrays.images / 255. - mean) / std).argmax(1) == arrays.labels).float().mean() * 100
+    assert figures['top1'] == pytest.approx(expected.item(), abs=1e-3)
+
+    out = capsys.readouterr().out.splitlines()
+    assert out[0] == f'top-1 {figures["top1"]:.2f} %, top-5 100.00 % (80 images)'
+    assert out[1].startswith(f'top-1 {figures["top1_flip"]:.2f} %') and 'mirror image' in out[1]
+    ece = figures['calibration']
+    assert out[2].startswith(f'ECE {ece["ece"]:.4f}, {ece["ece_scaled"]:.4f} after temperature scaling')
+    assert [line.split()[0] for line in out[5:]] == list(CORRUPTIONS) == list(figures['corruptions'])
+    assert all(len(values) == 5 for values in figures['corruptions'].values())
+
+
+def test_weights_without_metadata_need_the_models_name(folder, tmp_path, capsys):
+    path = tmp_path / 'model.safetensors'
+    save_model(path)
+    call = ['--checkpoint', str(path), '--dataset', str(folder), '--device', 'cpu']
+    assert main(call) == 2
+    assert 'does not say which model it is of' in capsys.readouterr().err
+    assert main([*call, '--model', MODEL]) == 0
+    assert '(80 images)' in capsys.readouterr().out
+
+
+def test_trained_models_carry_what_their_file_says(tmp_path):
+    path = tmp_path / 'model.safetensors'
+    save_model(path, **full_metadata())
+    trained = load_trained(checkpoint=path)
+    assert trained.class_names == ('green', 'red') and not trained.model.training
+    assert tuple(trained.data_config['mean']) == (0.4, 0.4, 0.3) and trained.model.num_classes == 2
+    with pytest.raises(ValueError, match='does not fit densenet121_cifar'):
+        load_trained('densenet121_cifar', path)
+
+
+@pytest.mark.parametrize('arguments, message', [
+    ([], 'give either --pretrained or --checkpoint'),
+    (['--model', MODEL], 'give either --pretrained or --checkpoint'),
+    (['--pretrained'], '--pretrained needs --model'),
+    (['--pretrained', '--checkpoint', 'x'], 'give either --pretrained or --checkpoint'),
+    (['--checkpoint', 'x', '-b', '0'], '--batch-size must be at least 1, got 0'),
+])
+def test_a_wrong_call_is_refused(capsys, arguments, message):
+    with pytest.raises(SystemExit) as stop:
+        main(['--dataset', 'digits', *arguments])
+    assert stop.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_what_cannot_be_loaded_is_one_message(folder, tmp_path, capsys):
+    torn = tmp_path / 'torn.safetensors'
+    save_model(torn, **full_metadata())
+    torn.write_bytes(torn.read_bytes()[:1000])
+    whole = tmp_path / 'whole.safetensors'
+    save_model(whole, **full_metadata())
+    for arguments, message in [
+            (['--checkpoint', str(tmp_path / 'none.safetensors'), '--dataset', 'digits'], 'no weights at'),
+            (['--checkpoint', str(torn), '--dataset', 'digits'], 'not a whole safetensors file'),
+            (['--checkpoint', str(whole), '--dataset', str(tmp_path / 'none')], 'none'),
+            (['--model', 'dense2net1_s8', '--pretrained', '--dataset', 'digits'], 'dense2net1_s8: Unknown model'),
+            (['--model', 'dense2net1', '--checkpoint', str(whole), '--dataset', 'digits'], "no model 'dense2net1'"),
+            (['--model', 'dense2net121d_s4', '--pretrained', '--dataset', 'digits'], 'No pretrained weights exist'),
+    ]:
+        assert main(arguments) == 2
+        err = capsys.readouterr().err.splitlines()
+        assert err[-1].startswith('error: ') and message in err[-1]
+
+
+def test_cifar100s_test_split_has_the_decks_classes(capsys, tmp_path):
+    if not CIFAR100.is_dir():
+        pytest.skip('the CIFAR-100 folder ../shared/cifar100 is not there')
+    pytest.importorskip('datasets')
+    arrays = load_arrays(f'hfds/{CIFAR100}', 'test')
+    subset = arrays.subset(range(64))
+    model = timm.create_model(MODEL).eval()
+    figures = evaluate(TrainedModel(MODEL, model, model.pretrained_cfg, CIFAR100_CLASSES, {}), subset)
+    assert figures['samples'] == 64 and 0 <= figures['top1'] <= figures['top5'] <= 100

@@ -1,0 +1,123 @@
+"""A trained model and what it needs to be used: its classes' names and how its input is prepared."""
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+import torch.nn as nn
+from timm.data import resolve_data_config
+from timm.models import is_model
+
+from .checkpoint import load_weights
+from .classes import CIFAR100_CLASSES
+
+__all__ = ['TrainedModel', 'load_trained', 'load_pretrained_model', 'load_checkpoint_model']
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """A model with weights, in evaluation mode.
+
+    Args:
+        name: What it was asked for by: a model name or a file.
+        model: The model, on the CPU.
+        data_config: `timm.data.resolve_data_config`'s: input_size, mean, std, interpolation, crop_pct, crop_mode.
+        class_names: One name a class; None where they are not known.
+        metadata: Text that the weights' file carries; empty for pretrained weights.
+    """
+    name: str
+    model: nn.Module
+    data_config: dict[str, Any]
+    class_names: tuple[str, ...] | None
+    metadata: Mapping[str, str]
+
+
+def load_trained(model: str | None = None, checkpoint: str | Path | None = None) -> TrainedModel:
+    """Loads a model by name with its pretrained weights, or from a run folder or safetensors file.
+
+    Args:
+        model: timm model name, `hf-hub:` or `local-dir:` name; with `checkpoint` only needed where the file does not
+            say which model it is of.
+        checkpoint: Run folder (its last weights) or safetensors file.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If there is no such model, it has no weights, or the weights do not fit.
+    """
+    if checkpoint is not None:
+        return load_checkpoint_model(checkpoint, model)
+    if model is None:
+        raise ValueError('name a model or a checkpoint')
+    return load_pretrained_model(model)
+
+
+def load_pretrained_model(name: str) -> TrainedModel:
+    """Loads a model with the weights its name stands for.
+
+    Raises:
+        ValueError: If there is no such model or no weights for it.
+    """
+    try:
+        model = timm.create_model(name, pretrained=True).eval()
+    except (RuntimeError, ValueError, OSError) as e:
+        raise ValueError(f'{name}: {_one_line(e)}') from e
+    cfg = model.pretrained_cfg
+    class_names = cfg.get('label_names')
+    if class_names is None and (cfg.get('tag') or '').endswith('_c100') and model.num_classes == 100:
+        class_names = CIFAR100_CLASSES
+    return TrainedModel(name, model, resolve_data_config({}, model=model), _names(class_names, model.num_classes), {})
+
+
+def load_checkpoint_model(path: str | Path, name: str | None = None) -> TrainedModel:
+    """Builds the model that a safetensors file is of, and loads the weights.
+
+    Args:
+        path: Run folder (its last weights) or safetensors file.
+        name: timm model name, where the file's metadata does not say it.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If the file is not safetensors, or the model is not known or does not fit.
+    """
+    path = Path(path)
+    path = path / 'last.safetensors' if path.is_dir() else path
+    weights, metadata = load_weights(path)
+    name = name or metadata.get('model')
+    if name is None:
+        raise ValueError(f'{path} does not say which model it is of: name it with --model')
+    model = _create_for(name, weights, json.loads(metadata.get('model_args', '{}')))
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as e:
+        raise ValueError(f'{path} does not fit {name}: {_one_line(e)}') from e
+    overrides = {key: json.loads(metadata[key]) for key in ('input_size', 'mean', 'std') if key in metadata}
+    class_names = json.loads(metadata['class_names']) if 'class_names' in metadata else None
+    return TrainedModel(
+        str(path), model.eval(), resolve_data_config(overrides, model=model), _names(class_names, model.num_classes),
+        metadata)
+
+
+def _create_for(name: str, weights: Mapping[str, torch.Tensor], model_args: dict[str, Any]) -> nn.Module:
+    """Creates a model with as many classes and input channels as the weights have."""
+    if not is_model(name):
+        raise ValueError(f"timm has no model '{name}'")
+    cfg = timm.get_pretrained_cfg(name)
+    for argument, layer, axis in (('num_classes', cfg.classifier, 0), ('in_chans', cfg.first_conv, 1)):
+        tensor = weights.get(f'{layer}.weight')
+        if tensor is not None:
+            model_args[argument] = tensor.shape[axis]
+    return timm.create_model(name, **model_args)
+
+
+def _names(names: Sequence[str] | None, num_classes: int) -> tuple[str, ...] | None:
+    return tuple(names) if names is not None and len(names) == num_classes else None
+
+
+def _one_line(error: Exception, limit: int = 300) -> str:
+    text = ' '.join(str(error).split())
+    return text if len(text) <= limit else f'{text[:limit]}...'
