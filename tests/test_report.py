@@ -1,6 +1,7 @@
 """The table of runs, results.csv and the README's block."""
 import csv
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -8,24 +9,29 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from timm.utils import update_summary
 
-from timm_dense2net.options import list_recipes, load_recipe
-from timm_dense2net.report import BEGIN, COLUMNS, DECK, END, RunResult, main, read_results, summarise
+from timm_dense2net.options import build_parser, list_recipes, load_recipe
+from timm_dense2net.report import BEGIN, COLUMNS, DECK, END, RunResult, main, read_results, read_run, summarise
 
 ROOT = Path(__file__).parents[1]
 
 
-def make_run(folder, name, **values):
-    """A finished run's folder."""
+def make_run(folder, name, args=None, **values):
+    """A finished run's folder, of recipe deck_s8 unless told otherwise."""
     run = folder / name
     run.mkdir(parents=True)
     result = dict(
-        model='dense2net121_s8', tag='deck_c100', recipe='deck_s8', parameters=6_096_420, macs=704_643_072, seed=1,
-        epochs=100, last_top1=76.5, last_top5=93.25, best_top1=77., best_top5=93.5, best_epoch=88, ema=False,
-        images_per_second=1234.5, wall_time=3600.25, hardware='1 x NVIDIA H200',
-        versions=dict(torch='2.15.0', timm='1.0.31'), commit='0123abc')
-    (run / 'result.json').write_text(json.dumps({**result, **values}))
+        model='dense2net121_s8', recipe='deck_s8', dataset='hfds/somewhere/cifar100', seed=1, params=6_096_420,
+        macs=704_643_072, epochs=88, ema=False, hold_out=0, tested='last', test_top1=76.5, test_top5=93.25,
+        last_top1=76.5, best_top1=77., best_epoch=80, train_seconds=3600.25, images_per_second=1234.5, world_size=1,
+        hardware='NVIDIA H200', versions=dict(torch='2.15.0', timm='1.0.31'), commit='0123abc')
+    result.update(values)
+    (run / 'result.json').write_text(json.dumps(result))
+    recipe = result['recipe'] if result['recipe'] in list_recipes() else 'deck_s8'
+    arguments = vars(build_parser().parse_args([])) | load_recipe(recipe)
+    (run / 'args.yaml').write_text(yaml.safe_dump({**arguments, 'seed': result['seed'], **(args or {})}))
     return run
 
 
@@ -48,56 +54,89 @@ def test_the_decks_models_are_those_of_the_recipes():
 
 def test_report_shows_mean_and_spread_over_seeds_beside_the_deck(tmp_path, capsys):
     accuracies = (76., 77., 78.5)
-    runs = [make_run(tmp_path, f's8-{seed}', seed=seed, last_top1=top1) for seed, top1 in enumerate(accuracies)]
-    runs.append(make_run(tmp_path, 'strong-0', recipe='strong', tag='strong_c100', ema=True, last_top1=83.6, seed=0))
+    runs = [
+        make_run(tmp_path, f's8-{seed}', seed=seed, test_top1=top1, epochs=88 + seed)
+        for seed, top1 in enumerate(accuracies)]
+    runs.append(make_run(tmp_path, 'strong-0', recipe='strong', ema=True, test_top1=83.6, seed=0, epochs=300))
     runs.append(make_run(
-        tmp_path, 'base', recipe='deck_densenet', model='densenet121_cifar', parameters=7_048_548, last_top1=71.5))
+        tmp_path, 'base', recipe='deck_densenet', model='densenet121_cifar', params=7_048_548, test_top1=71.5))
 
     assert main([*map(str, runs), '--output', str(tmp_path / 'out')]) == 0
 
     lines = (tmp_path / 'out/report.md').read_text().splitlines()
     assert lines[2] == (
-        '| `deck_densenet` | `densenet121_cifar` | 7.05 | 705 | 100 | 1 | 71.50 | 77.00 | 93.25 | 71.91 | -0.41 |')
+        '| `deck_densenet` | `densenet121_cifar` | 7.05 | 705 | 88 | no | 1 | 71.50 | 93.25 | 77.00 | 71.91 | -0.41 |')
     assert lines[3] == (
-        '| `deck_s8` | `dense2net121_s8` | 6.10 | 705 | 100 | 3 | 77.17 ± 1.26 | 77.00 ± 0.00 | 93.25 ± 0.00 '
+        '| `deck_s8` | `dense2net121_s8` | 6.10 | 705 | 88-90 | no | 3 | 77.17 ± 1.26 | 93.25 ± 0.00 | 77.00 ± 0.00 '
         '| 76.10 | +1.07 |')
-    assert lines[4].startswith('| `strong` (EMA) | `dense2net121_s8` | 6.10 | 705 | 100 | 1 | 83.60 |')
+    assert lines[4].startswith('| `strong` | `dense2net121_s8` | 6.10 | 705 | 300 | yes | 1 | 83.60 |')
     assert lines[4].endswith('|  |  |') and len(lines) == 5
     assert '\n'.join(lines) in capsys.readouterr().out
 
     by_recipe = {row['recipe']: row for row in rows_of(tmp_path / 'out/report.csv')}
     row = by_recipe['deck_s8']
     assert (row['n'], row['deck_row'], row['deck_top1']) == ('3', 'Dense2Net scale = 8', '76.10')
-    assert float(row['last_top1_mean']) == pytest.approx(statistics.fmean(accuracies), abs=0.005)
-    assert float(row['last_top1_std']) == pytest.approx(statistics.stdev(accuracies), abs=0.005)
-    assert by_recipe['strong']['last_top1_std'] == '' and by_recipe['strong']['deck_top1'] == ''
+    assert float(row['top1_mean']) == pytest.approx(statistics.fmean(accuracies), abs=0.005)
+    assert float(row['top1_std']) == pytest.approx(statistics.stdev(accuracies), abs=0.005)
+    assert by_recipe['strong']['top1_std'] == '' and by_recipe['strong']['deck_top1'] == ''
 
 
 def test_report_draws_the_table(tmp_path):
     image = pytest.importorskip('PIL.Image')
     pytest.importorskip('matplotlib')
-    runs = [make_run(tmp_path, f's8-{seed}', seed=seed, last_top1=75. + seed) for seed in range(3)]
+    runs = [make_run(tmp_path, f's8-{seed}', seed=seed, test_top1=75. + seed) for seed in range(3)]
     assert main([*map(str, runs), '--output', str(tmp_path / 'out')]) == 0
     picture = image.open(tmp_path / 'out/report.png')
     picture.load()
     assert picture.format == 'PNG' and picture.width == 1200
 
 
-def test_the_decks_figure_stands_only_beside_the_decks_model():
-    deck, other = (
-        RunResult.from_mapping(dict(run='a', model=model, recipe='deck_s8', seed=0, epochs=3, last_top1=70))
-        for model in ('dense2net121_s8', 'dense2net40_k12_s4'))
-    assert {row.model: row.deck is not None for row in summarise([deck, other])} == {
-        'dense2net121_s8': True, 'dense2net40_k12_s4': False}
+def result_of(**values):
+    defaults = dict(
+        run='run', model='dense2net121_s8', recipe='deck_s8', dataset='cifar100', seed=0, epochs=100, top1=70)
+    return RunResult.from_mapping({**defaults, **values})
 
 
-def test_runs_of_other_lengths_or_weights_are_not_averaged():
-    values = dict(model='m', recipe='strong', last_top1=70)
-    runs = [
-        RunResult.from_mapping(dict(values, run=str(i), seed=i, epochs=epochs, ema=ema))
-        for i, (epochs, ema) in enumerate([(300, True), (300, True), (600, True), (600, False)])]
-    assert [(row.epochs, row.ema, len(row.last_top1)) for row in summarise(runs)] == [
-        ('300', True, 2), ('600', False, 1), ('600', True, 1)]
+@pytest.mark.parametrize('values, expected', [
+    (dict(), True),
+    (dict(model='dense2net40_k12_s4'), False),
+    (dict(dataset='cifar10'), False),
+    (dict(overrides='lr=0.05'), False),
+    (dict(recipe='strong'), False),
+])
+def test_the_decks_figure_stands_only_beside_the_same_recipe_model_and_data(values, expected):
+    row, = summarise([result_of(**values)])
+    assert (row.deck is not None) == expected
+
+
+@pytest.mark.parametrize('changes', [
+    dict(model='densenet121_cifar'), dict(recipe='strong'), dict(dataset='digits'), dict(overrides='lr=0.05'),
+    dict(epochs=2), dict(hold_out=5000), dict(ema=True)])
+def test_only_runs_that_differ_in_nothing_but_the_seed_are_averaged(changes):
+    assert len(summarise([result_of(seed=0), result_of(seed=1)])) == 1
+    assert len(summarise([result_of(seed=0), result_of(seed=1, **changes)])) == 2
+
+
+def test_what_a_run_was_given_beyond_its_recipe_is_told(tmp_path):
+    plain = read_run(make_run(tmp_path, 'plain', dict(output='elsewhere', workers=9, device='cuda', data_dir='data')))
+    changed = read_run(make_run(tmp_path, 'changed', dict(lr=0.05, epochs=3, drop_path=0.1)))
+    assert plain.overrides == '' and plain.epochs == 100 and plain.epochs_trained == 88
+    assert changed.overrides == 'drop_path=0.1 epochs=3 lr=0.05' and changed.epochs == 3
+    row, = summarise([changed])
+    assert row.title == '`deck_s8` `drop_path=0.1` `epochs=3` `lr=0.05`'
+
+
+def test_the_global_batch_is_what_counts(tmp_path):
+    four = read_run(make_run(tmp_path, 'four', dict(batch_size=32), world_size=4))
+    half = read_run(make_run(tmp_path, 'half', dict(batch_size=32), world_size=2))
+    accumulated = read_run(make_run(tmp_path, 'accumulated', dict(batch_size=64, grad_accum_steps=2)))
+    assert (four.overrides, half.overrides, accumulated.overrides) == ('', 'batch=64', '')
+    assert four.hardware == '4 x NVIDIA H200'
+
+
+def test_a_held_out_runs_best_epoch_is_not_one_of_the_test_split(tmp_path):
+    result = read_run(make_run(tmp_path, 'held', dict(hold_out=5000), hold_out=5000, tested='best', last_top1=80.))
+    assert result.top1 == 76.5 and math.isnan(result.best_top1) and result.hold_out == 5000
 
 
 def test_bad_run_folders_are_reported_and_counted_and_the_rest_goes_on(tmp_path, capsys):
@@ -109,11 +148,13 @@ def test_bad_run_folders_are_reported_and_counted_and_the_rest_goes_on(tmp_path,
     (tmp_path / 'empty').mkdir()
     torn = make_run(tmp_path, 'torn')
     (torn / 'result.json').write_text('{"model": "dense2')
-    lacking = make_run(tmp_path, 'lacking', seed=None)
-    wrong = make_run(tmp_path, 'wrong', last_top1=7650)
-    text = make_run(tmp_path, 'text', epochs='many')
+    bare = make_run(tmp_path, 'bare')
+    (bare / 'args.yaml').unlink()
+    lacking = make_run(tmp_path, 'lacking', test_top1=None)
+    wrong = make_run(tmp_path, 'wrong', test_top1=7650)
+    text = make_run(tmp_path, 'text', params='many')
 
-    paths = [unfinished, tmp_path / 'empty', tmp_path / 'nowhere', torn, lacking, wrong, text, good]
+    paths = [unfinished, tmp_path / 'empty', tmp_path / 'nowhere', torn, bare, lacking, wrong, text, good]
     assert main([*map(str, paths), '--results', str(tmp_path / 'results.csv')]) == 1
 
     out, err = capsys.readouterr()
@@ -122,19 +163,20 @@ def test_bad_run_folders_are_reported_and_counted_and_the_rest_goes_on(tmp_path,
             (unfinished, 'the run has not finished (no result.json; last epoch 4)'),
             (tmp_path / 'empty', 'not a run folder'),
             (tmp_path / 'nowhere', 'no such folder'),
-            (torn, 'result.json cannot be read'),
-            (lacking, 'result.json: seed not given'),
-            (wrong, 'last_top1 must be a percentage, got 7650'),
-            (text, "epochs must be of type int, got 'many'"),
+            (torn, 'result.json or args.yaml cannot be read'),
+            (bare, 'No such file or directory'),
+            (lacking, 'result.json: top1 not given'),
+            (wrong, 'top1 must be a percentage, got 7650'),
+            (text, "params must be of type int, got 'many'"),
     ]:
         assert any(line.startswith(f'error: {path}: ') and message in line for line in err.splitlines())
-    assert '7 of 8 runs could not be read' in err
+    assert '8 of 9 runs could not be read' in err
     assert [result.run for result in read_results(tmp_path / 'results.csv')] == ['good']
 
 
 def test_results_csv_has_one_row_a_run_and_takes_a_run_only_once(tmp_path):
     path = tmp_path / 'results.csv'
-    strong = make_run(tmp_path, 'strong-7', recipe='strong', seed=7, ema=True, best_top5=None)
+    strong = make_run(tmp_path, 'strong-7', recipe='strong', seed=7, ema=True, test_top5=None)
     deck = make_run(tmp_path, 's8-1')
     assert main([str(strong), '--results', str(path)]) == 0
     assert main([str(deck), '--results', str(path)]) == 0
@@ -142,24 +184,24 @@ def test_results_csv_has_one_row_a_run_and_takes_a_run_only_once(tmp_path):
     assert list(rows[0]) == list(COLUMNS)
     assert [row['run'] for row in rows] == ['s8-1', 'strong-7']
     assert rows[0] == dict(
-        run='s8-1', model='dense2net121_s8', tag='deck_c100', recipe='deck_s8', parameters='6096420', macs='704643072',
-        seed='1', epochs='100', last_top1='76.50', last_top5='93.25', best_top1='77.00', best_top5='93.50',
-        best_epoch='88', ema='False', images_per_second='1234.50', wall_time='3600.25', hardware='1 x NVIDIA H200',
-        versions='torch 2.15.0, timm 1.0.31', commit='0123abc')
-    assert rows[1]['ema'] == 'True' and rows[1]['best_top5'] == ''
+        run='s8-1', model='dense2net121_s8', tag='deck_c100', recipe='deck_s8', overrides='', dataset='cifar100',
+        params='6096420', macs='704643072', seed='1', epochs='100', epochs_trained='88', hold_out='0', ema='False',
+        top1='76.50', top5='93.25', best_top1='77.00', best_epoch='80', images_per_second='1234.50',
+        wall_time='3600.25', hardware='1 x NVIDIA H200', versions='torch 2.15.0, timm 1.0.31', commit='0123abc')
+    assert rows[1]['ema'] == 'True' and rows[1]['top5'] == '' and rows[1]['tag'] == 'strong_c100'
 
     before = path.read_bytes()
     assert main([str(strong), str(deck), '--results', str(path)]) == 0
     assert path.read_bytes() == before
     values = json.loads((deck / 'result.json').read_text())
-    (deck / 'result.json').write_text(json.dumps({**values, 'last_top1': 76.9}))
+    (deck / 'result.json').write_text(json.dumps({**values, 'test_top1': 76.9}))
     assert main([str(deck), '--results', str(path)]) == 0
-    assert [(row['run'], row['last_top1']) for row in rows_of(path)] == [('s8-1', '76.90'), ('strong-7', '76.50')]
+    assert [(row['run'], row['top1']) for row in rows_of(path)] == [('s8-1', '76.90'), ('strong-7', '76.50')]
 
 
 @pytest.mark.parametrize('content, message', [
     ('model,seed\n', 'no column run'),
-    (','.join(COLUMNS) + '\n' + ','.join(['x'] * len(COLUMNS)) + '\n', 'line 2: parameters must be of type int'),
+    (','.join(COLUMNS) + '\n' + ','.join(['x'] * len(COLUMNS)) + '\n', 'line 2: params must be of type int'),
 ])
 def test_results_csv_that_is_none_is_named_and_left_alone(tmp_path, capsys, content, message):
     path = tmp_path / 'results.csv'

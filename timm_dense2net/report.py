@@ -19,6 +19,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import yaml
+
+from .options import ARGS_FILE, build_parser, list_recipes, load_recipe
 from .results import new_figure, read_summary, replace_file, save_figure, write_csv
 
 __all__ = [
@@ -52,23 +55,38 @@ DECK_LITERATURE_BEST = 83.44
 BEGIN, END = '<!-- results:begin -->', '<!-- results:end -->'
 
 
+# Arguments that say where, when and how fast a run was made, not what was trained.
+_NOT_OVERRIDES = frozenset((
+    'recipe', 'model', 'seed', 'output', 'experiment', 'device', 'log_interval', 'checkpoint_interval', 'log_wandb',
+    'log_tensorboard', 'dataset', 'data_dir', 'dataset_download', 'input_key', 'target_key', 'workers',
+    'validation_batch_size', 'channels_last', 'torchcompile', 'sync_bn', 'dist_bn', 'num_classes', 'mean', 'std',
+    'batch_size', 'grad_accum_steps'))
+
+
 @dataclasses.dataclass(frozen=True)
 class RunResult:
-    """One finished run: a row of results.csv. Accuracies are in percent on the test split, times in seconds."""
+    """One finished run: a row of results.csv.
+
+    Accuracies are in percent on the test split: top1 and top5 of the last epoch's weights or, where images were held
+    out, of those chosen on them; best_top1 of the best epoch. Times are in seconds.
+    """
     run: str
     model: str
     tag: str
     recipe: str
-    parameters: int
+    overrides: str
+    dataset: str
+    params: int
     macs: int
     seed: int
     epochs: int
-    last_top1: float
-    last_top5: float
-    best_top1: float
-    best_top5: float
-    best_epoch: int
+    epochs_trained: int
+    hold_out: int
     ema: bool
+    top1: float
+    top5: float
+    best_top1: float
+    best_epoch: int
     images_per_second: float
     wall_time: float
     hardware: str
@@ -80,17 +98,17 @@ class RunResult:
         """Makes a result of JSON values or CSV text; fields that are not there come out empty (NaN, '', 0, False).
 
         Raises:
-            ValueError: If the model, seed, epochs or last top-1 is missing, or a value is not what it should be.
+            ValueError: If the model, seed, epochs or top-1 is missing, or a value is not what it should be.
         """
-        missing = [name for name in ('model', 'seed', 'epochs', 'last_top1') if values.get(name) in (None, '')]
+        missing = [name for name in ('model', 'seed', 'epochs', 'top1') if values.get(name) in (None, '')]
         if missing:
             raise ValueError(f'{", ".join(missing)} not given')
         result = cls(**{field.name: _parse(field, values.get(field.name)) for field in dataclasses.fields(cls)})
-        for name in ('last_top1', 'last_top5', 'best_top1', 'best_top5'):
+        for name in ('top1', 'top5', 'best_top1'):
             if not (math.isnan(getattr(result, name)) or 0 <= getattr(result, name) <= 100):
                 raise ValueError(f'{name} must be a percentage, got {getattr(result, name)}')
-        if math.isnan(result.last_top1):
-            raise ValueError('last_top1 is not a number')
+        if math.isnan(result.top1):
+            raise ValueError('top1 is not a number')
         return result
 
     def to_row(self) -> list[str]:
@@ -136,14 +154,51 @@ def read_run(run_dir: str | Path) -> RunResult:
         raise ValueError(_why_unfinished(run_dir))
     try:
         values = json.loads(path.read_text(encoding='utf-8'))
-    except (ValueError, OSError) as e:
-        raise ValueError(f'result.json cannot be read: {e}') from None
-    if not isinstance(values, dict):
-        raise ValueError('result.json is not a mapping')
+        args = yaml.safe_load((run_dir / ARGS_FILE).read_text(encoding='utf-8'))
+    except (OSError, ValueError, yaml.YAMLError) as e:
+        raise ValueError(f'result.json or {ARGS_FILE} cannot be read: {" ".join(str(e).split())}') from None
+    if not isinstance(values, dict) or not isinstance(args, dict):
+        raise ValueError(f'result.json or {ARGS_FILE} is not a mapping')
     try:
-        return RunResult.from_mapping({'run': run_dir.resolve().name, **values})
+        return RunResult.from_mapping(_flatten(run_dir.resolve().name, values, args))
     except ValueError as e:
         raise ValueError(f'result.json: {e}') from None
+
+
+def _flatten(run: str, values: Mapping[str, Any], args: Mapping[str, Any]) -> dict[str, Any]:
+    """The columns of results.csv from a run's result.json and args.yaml."""
+    recipe, dataset = values.get('recipe') or '', str(values.get('dataset') or '').rstrip('/').rpartition('/')[2]
+    world_size = values.get('world_size') or 1
+    return {
+        **values,
+        'run': run,
+        'tag': f'{recipe.partition("_")[0]}_c100' if recipe and dataset == 'cifar100' else '',
+        'recipe': recipe,
+        'overrides': _overrides(recipe, args, world_size),
+        'dataset': dataset,
+        'epochs': args.get('epochs'),
+        'epochs_trained': values.get('epochs'),
+        'top1': values.get('test_top1'),
+        'top5': values.get('test_top5'),
+        # With images held out, the best epoch was found on those and not on the test split.
+        'best_top1': None if values.get('hold_out') else values.get('best_top1'),
+        'wall_time': values.get('train_seconds'),
+        'hardware': f'{world_size} x {values.get("hardware")}',
+    }
+
+
+def _overrides(recipe: str, args: Mapping[str, Any], world_size: int) -> str:
+    """What a run was given beyond its recipe, as `name=value` words."""
+    if recipe not in list_recipes():
+        return ''
+    expected = vars(build_parser().parse_args([])) | load_recipe(recipe)
+    words = [
+        f'{name}={args[name]}' for name in sorted(args)
+        if name in expected and name not in _NOT_OVERRIDES and args[name] != expected[name]]
+    batch = args.get('batch_size', 0) * args.get('grad_accum_steps', 1) * world_size
+    if batch != expected['batch_size'] * expected['grad_accum_steps']:
+        words.append(f'batch={batch}')
+    return ' '.join(words)
 
 
 def _why_unfinished(run_dir: Path) -> str:
@@ -196,51 +251,44 @@ def _order(recipe: str) -> tuple[int, str]:
 
 class Row(NamedTuple):
     """Runs that differ only in their seed."""
-    recipe: str
-    model: str
-    parameters: int
-    macs: int
-    epochs: str
-    ema: bool
-    last_top1: tuple[float, ...]
-    best_top1: tuple[float, ...]
-    last_top5: tuple[float, ...]
+    runs: tuple[RunResult, ...]
+
+    @property
+    def title(self) -> str:
+        """The recipe and what was changed of it."""
+        run = self.runs[0]
+        return ' '.join((f'`{run.recipe}`' if run.recipe else '-', *(f'`{word}`' for word in run.overrides.split())))
 
     @property
     def deck(self) -> DeckRow | None:
-        """The deck's row, where the recipe trained the deck's model."""
-        row = DECK.get(self.recipe)
-        return row if row and row.model == self.model else None
+        """The deck's row, where it is the same recipe, model and data set."""
+        run = self.runs[0]
+        row = DECK.get(run.recipe)
+        return row if row and (row.model, 'cifar100', '') == (run.model, run.dataset, run.overrides) else None
 
     @property
     def difference(self) -> float | None:
-        """Mean last top-1 less the deck's figure, in points."""
-        return statistics.fmean(self.last_top1) - self.deck.top1 if self.deck else None
+        """Mean top-1 less the deck's figure, in points."""
+        return statistics.fmean(self.values('top1')) - self.deck.top1 if self.deck else None
+
+    @property
+    def epochs(self) -> str:
+        """Epochs trained, as a range where early stopping ended the runs at different ones."""
+        epochs = [run.epochs_trained or run.epochs for run in self.runs]
+        return f'{min(epochs)}' if min(epochs) == max(epochs) else f'{min(epochs)}-{max(epochs)}'
+
+    def values(self, name: str) -> tuple[float, ...]:
+        """A figure of all runs."""
+        return tuple(getattr(run, name) for run in self.runs)
 
 
-def summarise(results: Sequence[RunResult]) -> list[Row]:
-    """One row for each recipe and model, in the deck's order, then the other recipes."""
+def summarise(results: Iterable[RunResult]) -> list[Row]:
+    """One row for all runs that differ only in their seed, in the deck's order, then the other recipes."""
     groups: dict[tuple, list[RunResult]] = {}
-    for result in results:
-        # Early stopping ends the deck's runs at different epochs; any other recipe has one length.
-        length = None if result.recipe in DECK else result.epochs
-        groups.setdefault((*_order(result.recipe), result.model, length or 0, result.ema), []).append(result)
-    rows = []
-    for key in sorted(groups):
-        runs = groups[key]
-        epochs = sorted({run.epochs for run in runs})
-        rows.append(Row(
-            recipe=runs[0].recipe,
-            model=runs[0].model,
-            parameters=runs[0].parameters,
-            macs=runs[0].macs,
-            epochs=str(epochs[0]) if len(epochs) == 1 else f'{epochs[0]}-{epochs[-1]}',
-            ema=runs[0].ema,
-            last_top1=tuple(run.last_top1 for run in runs),
-            best_top1=tuple(run.best_top1 for run in runs),
-            last_top5=tuple(run.last_top5 for run in runs),
-        ))
-    return rows
+    for run in results:
+        key = (*_order(run.recipe), run.dataset, run.model, run.overrides, run.epochs, run.hold_out, run.ema)
+        groups.setdefault(key, []).append(run)
+    return [Row(tuple(sorted(groups[key], key=lambda run: run.seed))) for key in sorted(groups)]
 
 
 def _spread(values: Sequence[float]) -> float:
@@ -258,20 +306,22 @@ def _mean_spread(values: Sequence[float]) -> str:
 def markdown_table(rows: Sequence[Row]) -> str:
     """The rows as a Markdown table; accuracies as mean ± standard deviation over seeds."""
     header = (
-        'Recipe', 'Model', 'Params (M)', 'MACs (M)', 'Epochs', 'Seeds', 'Top-1 last (%)', 'Top-1 best (%)',
-        'Top-5 last (%)', 'Deck (%)', 'Last - deck')
+        'Recipe', 'Model', 'Params (M)', 'MACs (M)', 'Epochs', 'EMA', 'Seeds', 'Top-1 (%)', 'Top-5 (%)',
+        'Best top-1 (%)', 'Deck (%)', 'Top-1 - deck')
     lines = [header, ['---', '---', *['--:'] * (len(header) - 2)]]
     for row in rows:
+        run = row.runs[0]
         lines.append((
-            f'`{row.recipe}`' + (' (EMA)' if row.ema else ''),
-            f'`{row.model}`',
-            f'{row.parameters / 1e6:.2f}' if row.parameters else '',
-            f'{row.macs / 1e6:.0f}' if row.macs else '',
+            row.title,
+            f'`{run.model}`',
+            f'{run.params / 1e6:.2f}' if run.params else '',
+            f'{run.macs / 1e6:.0f}' if run.macs else '',
             row.epochs,
-            str(len(row.last_top1)),
-            _mean_spread(row.last_top1),
-            _mean_spread(row.best_top1),
-            _mean_spread(row.last_top5),
+            'yes' if run.ema else 'no',
+            str(len(row.runs)),
+            _mean_spread(row.values('top1')),
+            _mean_spread(row.values('top5')),
+            _mean_spread(row.values('best_top1')),
             f'{row.deck.top1:.2f}' if row.deck else '',
             f'{row.difference:+.2f}' if row.deck else '',
         ))
@@ -280,15 +330,17 @@ def markdown_table(rows: Sequence[Row]) -> str:
 
 def write_report_csv(path: str | Path, rows: Sequence[Row]) -> None:
     """Writes the table of rows as CSV, mean, standard deviation and number of runs in columns of their own."""
+    same = ('recipe', 'overrides', 'dataset', 'model', 'params', 'macs', 'epochs', 'hold_out', 'ema')
+    figures = ('top1', 'top5', 'best_top1')
     header = (
-        'recipe', 'model', 'parameters', 'macs', 'epochs', 'ema', 'n', 'last_top1_mean', 'last_top1_std',
-        'best_top1_mean', 'best_top1_std', 'last_top5_mean', 'last_top5_std', 'deck_row', 'deck_top1', 'difference')
+        *same, 'n', *(f'{name}_{moment}' for name in figures for moment in ('mean', 'std')), 'deck_row', 'deck_top1',
+        'difference')
     lines = []
     for row in rows:
-        figures = (row.last_top1, row.best_top1, row.last_top5)
-        moments = [moment for values in figures for moment in (statistics.fmean(values), _spread(values))]
+        shared = [getattr(row.runs[0], name) for name in same]
+        moments = [moment(row.values(name)) for name in figures for moment in (statistics.fmean, _spread)]
         deck = (row.deck.name, row.deck.top1, row.difference) if row.deck else ('', '', '')
-        lines.append([_format(value) for value in (*row[:6], len(row.last_top1), *moments, *deck)])
+        lines.append([_format(value) for value in (*shared, len(row.runs), *moments, *deck)])
     write_csv(path, header, lines)
 
 
@@ -300,15 +352,16 @@ def draw_report(path: str | Path, rows: Sequence[Row]) -> bool:
     axes = figure.add_subplot()
     ours, deck = '#0072B2', '#D55E00'
     for y, row in enumerate(rows):
-        mean, spread = statistics.fmean(row.last_top1), _spread(row.last_top1)
+        values = row.values('top1')
+        mean, spread = statistics.fmean(values), _spread(values)
         spread = 0. if math.isnan(spread) else spread
-        axes.plot(row.last_top1, [y] * len(row.last_top1), 'o', color=ours, alpha=0.35, markersize=6)
+        axes.plot(values, [y] * len(values), 'o', color=ours, alpha=0.35, markersize=6)
         axes.errorbar(
             mean, y, xerr=spread or None, fmt='|', color=ours, markersize=16, markeredgewidth=2, capsize=3,
             label='this package, mean ± std over seeds' if y == 0 else None)
         # Beside the mark, on the side away from the deck's.
         left = row.deck is not None and row.deck.top1 > mean
-        edge = min(*row.last_top1, mean - spread) if left else max(*row.last_top1, mean + spread)
+        edge = min(*values, mean - spread) if left else max(*values, mean + spread)
         axes.annotate(
             f'{mean:.2f}', (edge, y), (-8 if left else 8, 0), textcoords='offset points', color=ours, fontsize=9,
             ha='right' if left else 'left', va='center', bbox=dict(color='white', pad=0.5))
@@ -318,10 +371,11 @@ def draw_report(path: str | Path, rows: Sequence[Row]) -> bool:
         axes.plot([], [], 'D', color=deck, label="deck's figure")
     axes.axvline(DECK_LITERATURE_BEST, color='#777777', linestyle='--', linewidth=1, label=(
         f"best row of the deck's literature table ({DECK_LITERATURE_BEST}, 36.9M parameters)"))
-    axes.set_yticks(range(len(rows)), [f'{row.recipe}\n{row.model}' for row in rows], fontsize=8)
+    names = [f'{row.title.replace("`", "")}\n{row.runs[0].model}' for row in rows]
+    axes.set_yticks(range(len(rows)), names, fontsize=8)
     axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.margins(x=0.1)
-    axes.set_xlabel('top-1 at the last epoch (%)')
+    axes.set_xlabel('top-1 (%)')
     axes.grid(axis='x', color='#dddddd', linewidth=0.6)
     axes.spines[['top', 'right']].set_visible(False)
     figure.legend(loc='outside upper center', ncols=3, frameon=False, fontsize=8)
@@ -334,8 +388,8 @@ def readme_block(results: Sequence[RunResult], results_path: str) -> str:
     hardware = sorted({result.hardware for result in results if result.hardware})
     return (
         f'{markdown_table(summarise(results))}\n'
-        'Mean ± standard deviation over seeds, on the test split of CIFAR-100; "last" is the last epoch, "best" the '
-        'best epoch on that split.'
+        'Mean ± standard deviation over seeds, on the test split. Top-1 and top-5 are those of the last epoch, the '
+        'best epoch is beside them.'
         + (f' Trained on {"; ".join(hardware)}.' if hardware else '')
         + f' Written from `{results_path}` by `python -m timm_dense2net report --results {results_path} '
         '--readme README.md`.\n')
@@ -388,7 +442,7 @@ def write_report(output: Path, rows: Sequence[Row]) -> list[str]:
     return ['report.md', 'report.csv', *(['report.png'] if drawn else [])]
 
 
-def _build_parser() -> argparse.ArgumentParser:
+def _report_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog='python -m timm_dense2net report',
         description="Finished runs in one table, the deck's figure beside each.")
@@ -403,7 +457,7 @@ def _build_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command; returns 0, 1 where a run could not be read or the README differs, 2 on a wrong call."""
-    parser = _build_parser()
+    parser = _report_parser()
     args = parser.parse_args(argv)
     if not args.runs and not args.results:
         parser.error('give run folders, or --results')
