@@ -8,7 +8,7 @@ def _entrypoints():
     # torch.hub looks at `dependencies` only after this module has been imported, and never when it lists.
     missing = [name for name in dependencies if _find_spec(name) is None]
     if missing:
-        raise RuntimeError(f'Missing dependencies: {", ".join(missing)}. Install them with: pip install {" ".join(missing)}')
+        raise RuntimeError(f'missing packages: {", ".join(missing)}; install them: pip install {" ".join(missing)}')
     from timm import list_models, model_entrypoint
     import timm_dense2net  # noqa: F401
 

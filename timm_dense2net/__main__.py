@@ -13,7 +13,8 @@ COMMANDS = {}
 
 
 def _usage() -> str:
-    return f'usage: python -m timm_dense2net SCRIPT ARGS...\n       python -m timm_dense2net {{{",".join(COMMANDS)}}} ...'
+    commands = ','.join(COMMANDS)
+    return f'usage: python -m timm_dense2net SCRIPT ARGS...\n       python -m timm_dense2net {{{commands}}} ...'
 
 
 def run_script(script: str, args: list[str]) -> None:

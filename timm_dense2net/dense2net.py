@@ -37,8 +37,9 @@ CIFAR100_STD = (0.26733429, 0.25643846, 0.27615047)
 @torch.fx.wrap
 def _check_input(x: torch.Tensor, in_chans: int, min_size: int) -> None:
     # A leaf for fx: shapes of a traced tensor have no truth value. torch.export gets its bounds from the caller.
-    if not torch.jit.is_scripting() and torch.compiler.is_exporting():
-        return
+    if not torch.jit.is_scripting():
+        if torch.compiler.is_exporting():
+            return
     if x.ndim != 4 or x.shape[1] != in_chans:
         raise ValueError(f'expected input of shape (N, {in_chans}, H, W), got {list(x.shape)}')
     if min(x.shape[2], x.shape[3]) < min_size:
@@ -51,6 +52,21 @@ def _check_positive(**values: int) -> None:
     for name, value in values.items():
         if value < 1:
             raise ValueError(f'{name} must be at least 1, got {value}')
+
+
+def _check_rates(**values: float) -> None:
+    for name, value in values.items():
+        if not 0. <= value < 1.:
+            raise ValueError(f'{name} must be at least 0 and below 1, got {value}')
+
+
+def _create_attn(attn_layer: Optional[str], channels: int, device=None, dtype=None) -> nn.Module:
+    try:
+        attn = create_attn(attn_layer, channels, device=device, dtype=dtype)
+    except AssertionError:
+        raise ValueError(
+            f"unknown attn_layer '{attn_layer}': it must be a name that timm knows, such as 'se' or 'eca'") from None
+    return nn.Identity() if attn is None else attn
 
 
 class SplitHierarchyConv2d(nn.Module):
@@ -130,20 +146,22 @@ class SplitHierarchyConv2d(nn.Module):
 @contextmanager
 def _running_stats_frozen(module: nn.Module) -> Iterator[None]:
     # Recomputing a layer must not count its batch a second time in the running statistics.
-    tracking = [m for m in module.modules() if getattr(m, 'track_running_stats', False)]
-    for m in tracking:
-        m.track_running_stats = False
+    norms = [m for m in module.modules() if getattr(m, 'track_running_stats', False)]
+    kept = [(m.momentum, m.num_batches_tracked) for m in norms]
+    for m in norms:
+        m.momentum, m.num_batches_tracked = 0., None
     try:
         yield
     finally:
-        for m in tracking:
-            m.track_running_stats = True
+        for m, (momentum, count) in zip(norms, kept):
+            m.momentum, m.num_batches_tracked = momentum, count
 
 
 class DenseLayer(nn.Module):
     """Dense layer: pre-activation 1x1 bottleneck, then the split hierarchy and a linear 1x1 convolution.
 
-    With ``scale=None`` one 3x3 convolution takes the place of hierarchy and second 1x1 convolution: DenseNet-BC's layer.
+    With ``scale=None`` one 3x3 convolution takes the place of the hierarchy and the second 1x1 convolution, as in
+    DenseNet-BC.
 
     Shape: list of (N, C_i, H, W), with C_i adding up to ``in_chs`` -> (N, growth_rate, H, W).
     """
@@ -170,14 +188,17 @@ class DenseLayer(nn.Module):
         self.conv1 = create_conv2d(in_chs, mid_chs, 1, **dd)
         self.norm2 = norm_act_layer(mid_chs, **dd)
         if scale is None:
+            if growth_rate % cardinality:
+                raise ValueError(
+                    f'growth rate {growth_rate} cannot be divided in {cardinality} groups: '
+                    f'cardinality must divide the growth rate')
             self.conv2 = create_conv2d(mid_chs, growth_rate, 3, groups=cardinality, **dd)
             self.conv3 = nn.Identity()
         else:
             self.conv2 = SplitHierarchyConv2d(
                 mid_chs, scale, groups=cardinality, act_layer=act_layer, norm_layer=norm_layer, **dd)
             self.conv3 = create_conv2d(mid_chs, growth_rate, 1, **dd)
-        attn = create_attn(attn_layer, growth_rate, **dd)
-        self.attn = nn.Identity() if attn is None else attn
+        self.attn = _create_attn(attn_layer, growth_rate, **dd)
         self.drop_path = DropPath(drop_path) if drop_path > 0. else nn.Identity()
         self.grad_checkpointing = False
 
@@ -247,7 +268,8 @@ def _create_stem(
     if stem_type == 'cifar':
         return OrderedDict(conv0=create_conv2d(in_chans, out_chs, 3, **dd)), 'conv0', 1
     if stem_type == '':
-        layers = OrderedDict(conv0=create_conv2d(in_chans, out_chs, 7, stride=2, **dd), norm0=norm_act_layer(out_chs, **dd))
+        layers = OrderedDict(
+            conv0=create_conv2d(in_chans, out_chs, 7, stride=2, **dd), norm0=norm_act_layer(out_chs, **dd))
     elif stem_type == 'deep':
         layers = OrderedDict()
         chs = [in_chans, out_chs // 2, out_chs // 2, out_chs]
@@ -286,8 +308,9 @@ class Dense2Net(nn.Module):
         dtype: Dtype of the parameters.
 
     Raises:
-        ValueError: If a size is below 1, the bottleneck cannot be split as asked, or the stem is unknown; in
-            ``forward``, if the input has other than ``in_chans`` channels or is too small for the strides.
+        ValueError: If a size is below 1, a rate is outside [0, 1), the bottleneck cannot be split as asked, or the
+            stem or attention is unknown; in ``forward``, if the input has other than ``in_chans`` channels or is too
+            small for the strides.
     """
 
     def __init__(
@@ -312,6 +335,9 @@ class Dense2Net(nn.Module):
         dd = {'device': device, 'dtype': dtype}
         super().__init__()
         _check_positive(growth_rate=growth_rate, bn_size=bn_size, in_chans=in_chans, cardinality=cardinality)
+        _check_rates(drop_rate=drop_rate, drop_path_rate=drop_path_rate)
+        if num_classes < 0:
+            raise ValueError(f'num_classes must be at least 0, got {num_classes}')
         if not block_config or min(block_config) < 1:
             raise ValueError(f'block_config must name at least one layer a block, got {tuple(block_config)}')
         norm_act_layer = get_norm_act_layer(norm_layer, act_layer=act_layer)
@@ -373,7 +399,7 @@ class Dense2Net(nn.Module):
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> Dict[str, Any]:
         """Regular expressions that put every parameter in a layer group, for layer decay."""
-        final_norm = (r'^features\.norm5', (99999,))
+        final_norm = (r'^features\.norm5', MATCH_PREV_GROUP)
         if coarse:
             blocks = [(r'^features\.(?:denseblock|transition)(\d+)', None), final_norm]
         else:

@@ -1,0 +1,256 @@
+"""The mathematics of the layers and nets, in float64, against an independent functional form."""
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+
+from timm_dense2net import SplitHierarchyConv2d
+from timm_dense2net.dense2net import Dense2Net, DenseLayer
+
+# Counted independently of the code, at 100 classes and 3x32x32.
+PARAMETERS = {
+    'densenet121_cifar': 7_048_548,
+    'dense2net121_s2': 7_293_540,
+    'dense2net121_s4': 6_762_724,
+    'dense2net121_s8': 6_096_420,
+    'dense2net121_s4_c32': 5_209_252,
+    'dense2net121_s4_se': 6_794_740,
+    'dense2net121_s8_se': 6_128_436,
+}
+MACS_M = {
+    'densenet121_cifar': 888,
+    'dense2net121_s2': 934,
+    'dense2net121_s4': 832,
+    'dense2net121_s8': 705,
+    'dense2net121_s4_c32': 537,
+    'dense2net121_s4_se': 832,
+    'dense2net121_s8_se': 705,
+}
+
+
+def batch_norm_relu(x, params, prefix, training, eps=1e-5):
+    """Batch norm and ReLU written out."""
+    if training:
+        mean = x.mean((0, 2, 3))
+        var = (x - mean[:, None, None]).square().mean((0, 2, 3))
+    else:
+        mean, var = params[f'{prefix}running_mean'], params[f'{prefix}running_var']
+    x = (x - mean[:, None, None]) / (var + eps).sqrt()[:, None, None]
+    x = x * params[f'{prefix}weight'][:, None, None] + params[f'{prefix}bias'][:, None, None]
+    return x.clamp(min=0)
+
+
+def conv(x, weight, bias=None, groups=1):
+    """Convolution by unfolding, group by group."""
+    k = weight.shape[-1]
+    n, _, h, w = x.shape
+    outputs = []
+    for xg, wg in zip(x.chunk(groups, 1), weight.chunk(groups, 0)):
+        columns = F.unfold(xg, k, padding=k // 2)
+        outputs.append((wg.flatten(1) @ columns).view(n, -1, h, w))
+    out = torch.cat(outputs, 1)
+    return out if bias is None else out + bias[:, None, None]
+
+
+def hierarchy(x, params, prefix, scale, groups, training):
+    """The slides' formula: y_1 = x_1, y_i = K_i(x_i + y_{i-1})."""
+    xs = x.chunk(scale, 1)
+    ys = [xs[0]]
+    for i in range(1, scale):
+        z = conv(xs[i] + ys[-1], params[f'{prefix}convs.{i - 1}.weight'], groups=groups)
+        ys.append(batch_norm_relu(z, params, f'{prefix}norms.{i - 1}.', training))
+    return torch.cat(ys, 1)
+
+
+def dense_layer(x, params, prefix, scale, groups, se, training):
+    z = conv(batch_norm_relu(x, params, f'{prefix}norm1.', training), params[f'{prefix}conv1.weight'])
+    z = batch_norm_relu(z, params, f'{prefix}norm2.', training)
+    if scale is None:
+        return conv(z, params[f'{prefix}conv2.weight'], groups=groups)
+    z = hierarchy(z, params, f'{prefix}conv2.', scale, groups, training)
+    z = conv(z, params[f'{prefix}conv3.weight'])
+    if se:
+        pooled = z.mean((2, 3), keepdim=True)
+        hidden = conv(pooled, params[f'{prefix}attn.fc1.weight'], params[f'{prefix}attn.fc1.bias']).clamp(min=0)
+        gate = conv(hidden, params[f'{prefix}attn.fc2.weight'], params[f'{prefix}attn.fc2.bias'])
+        z = z / (1 + (-gate).exp())
+    return z
+
+
+def network(x, params, block_config, training, **layer):
+    x = conv(x, params['features.conv0.weight'])
+    for b, num_layers in enumerate(block_config, 1):
+        for i in range(1, num_layers + 1):
+            new = dense_layer(x, params, f'features.denseblock{b}.denselayer{i}.', training=training, **layer)
+            x = torch.cat([x, new], 1)
+        if b < len(block_config):
+            t = f'features.transition{b}'
+            x = conv(batch_norm_relu(x, params, f'{t}.norm.', training), params[f'{t}.conv.weight'])
+            n, c, h, w = x.shape
+            x = x[:, :, :h // 2 * 2, :w // 2 * 2].reshape(n, c, h // 2, 2, w // 2, 2).mean((3, 5))
+    x = batch_norm_relu(x, params, 'features.norm5.', training).mean((2, 3))
+    return x @ params['classifier.weight'].T + params['classifier.bias']
+
+
+def randomize(module):
+    """Give affine parameters and running statistics values that a wrong use of them would show."""
+    generator = torch.Generator().manual_seed(1)
+    for name, tensor in module.state_dict().items():
+        if tensor.is_floating_point():
+            noise = torch.randn(tensor.shape, generator=generator, dtype=tensor.dtype)
+            if 'var' in name:
+                tensor.copy_(noise.square() + 0.5)
+            elif tensor.ndim == 1:
+                tensor.add_(0.3 * noise)
+    return module
+
+
+def assert_same_as_reference(module, reference, x, training):
+    """Outputs, input gradient and every parameter's gradient agree in float64."""
+    module.train(training)
+    params = {k: v.detach().clone().requires_grad_(v.is_floating_point()) for k, v in module.state_dict().items()}
+    x1, x2 = x.clone().requires_grad_(), x.clone().requires_grad_()
+    y1, y2 = module(x1), reference(x2, params)
+    torch.testing.assert_close(y1, y2, rtol=1e-9, atol=1e-9)
+    weights = torch.randn(y1.shape, dtype=y1.dtype, generator=torch.Generator().manual_seed(2))
+    (y1 * weights).sum().backward()
+    (y2 * weights).sum().backward()
+    torch.testing.assert_close(x1.grad, x2.grad, rtol=1e-8, atol=1e-8)
+    for name, p in module.named_parameters():
+        torch.testing.assert_close(p.grad, params[name].grad, rtol=1e-8, atol=1e-8, msg=name)
+
+
+@pytest.mark.parametrize('training', [True, False])
+@pytest.mark.parametrize('scale,groups', [(1, 1), (2, 1), (4, 1), (8, 1), (2, 4), (4, 2), (4, 4), (8, 2)])
+def test_split_hierarchy_equals_formula(scale, groups, training):
+    torch.manual_seed(0)
+    layer = randomize(SplitHierarchyConv2d(16, scale, groups=groups, dtype=torch.float64))
+    x = torch.randn(3, 16, 5, 7, dtype=torch.float64)
+    assert_same_as_reference(
+        layer, lambda x, params: hierarchy(x, params, '', scale, groups, training), x, training)
+
+
+@pytest.mark.parametrize('training', [True, False])
+@pytest.mark.parametrize('scale,groups,se', [
+    (None, 1, False), (None, 4, False), (1, 1, True), (2, 1, False), (2, 1, True), (4, 1, False), (4, 1, True),
+    (8, 1, False), (8, 1, True), (4, 4, False), (4, 4, True)])
+def test_dense_layer_equals_formula(scale, groups, se, training):
+    torch.manual_seed(0)
+    layer = randomize(DenseLayer(
+        12, 8, scale=scale, cardinality=groups, attn_layer='se' if se else None, dtype=torch.float64))
+
+    class Single(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, x):
+            return self.layer([x[:, :5], x[:, 5:]])
+
+    x = torch.randn(3, 12, 5, 6, dtype=torch.float64)
+    assert_same_as_reference(
+        Single(), lambda x, params: dense_layer(x, params, 'layer.', scale, groups, se, training), x, training)
+
+
+@pytest.mark.parametrize('training', [True, False])
+@pytest.mark.parametrize('scale,groups,se', [
+    (None, 1, False), (1, 1, False), (2, 1, False), (4, 1, False), (8, 1, False), (4, 4, False), (4, 1, True),
+    (2, 2, True)])
+def test_network_equals_formula(scale, groups, se, training):
+    torch.manual_seed(0)
+    block_config = (2, 3, 2)
+    model = randomize(Dense2Net(
+        8, block_config, num_classes=5, scale=scale, cardinality=groups, attn_layer='se' if se else None,
+        dtype=torch.float64))
+    x = torch.randn(4, 3, 13, 11, dtype=torch.float64)
+    assert_same_as_reference(
+        model,
+        lambda x, params: network(x, params, block_config, training, scale=scale, groups=groups, se=se),
+        x, training)
+
+
+def test_running_statistics_follow_the_batch():
+    torch.manual_seed(0)
+    layer = SplitHierarchyConv2d(8, 2, dtype=torch.float64)
+    x = torch.randn(4, 8, 5, 5, dtype=torch.float64)
+    z = conv(x[:, 4:] + x[:, :4], layer.convs[0].weight)
+    layer(x)
+    torch.testing.assert_close(layer.norms[0].running_mean, 0.1 * z.mean((0, 2, 3)))
+    torch.testing.assert_close(layer.norms[0].running_var, 0.9 + 0.1 * z.var((0, 2, 3)))
+
+
+def test_dilation():
+    torch.manual_seed(0)
+    layer = SplitHierarchyConv2d(8, 2, dilation=2, dtype=torch.float64).eval()
+    x = torch.randn(1, 8, 9, 9, dtype=torch.float64)
+    z = F.conv2d(x[:, 4:] + x[:, :4], layer.convs[0].weight, padding=2, dilation=2)
+    expected = torch.cat([x[:, :4], z.clamp(min=0) / (1 + 1e-5) ** 0.5], 1)
+    torch.testing.assert_close(layer(x), expected)
+
+
+@pytest.mark.parametrize('name', PARAMETERS)
+def test_sizes(name):
+    model = timm.create_model(name, num_classes=100, device='meta').eval()
+    assert sum(p.numel() for p in model.parameters()) == PARAMETERS[name]
+    macs = 0
+
+    def count(module, args, output):
+        nonlocal macs
+        macs += output.numel() * module.weight[0].numel()
+
+    for module in model.modules():
+        if isinstance(module, (torch.nn.Conv2d, torch.nn.Linear)):
+            module.register_forward_hook(count)
+    model(torch.randn(1, 3, 32, 32, device='meta'))
+    assert round(macs / 1e6) == MACS_M[name]
+
+
+@pytest.mark.parametrize('kwargs,numbers', [
+    (dict(scale=3), ('128', '3')),
+    (dict(scale=8, cardinality=32), ('16', '32')),
+    (dict(scale=None, cardinality=3), ('3',)),
+    (dict(scale=0), ('scale', '0')),
+    (dict(cardinality=0), ('cardinality', '0')),
+    (dict(growth_rate=0), ('growth_rate', '0')),
+    (dict(growth_rate=-4), ('growth_rate', '-4')),
+    (dict(bn_size=0), ('bn_size', '0')),
+    (dict(in_chans=0), ('in_chans', '0')),
+    (dict(num_classes=-1), ('num_classes', '-1')),
+    (dict(block_config=()), ('block_config',)),
+    (dict(block_config=(6, 0)), ('block_config', '(6, 0)')),
+    (dict(stem_type='deeper'), ('stem_type', 'deeper', 'cifar')),
+    (dict(drop_path_rate=1.5), ('drop_path_rate', '1.5')),
+    (dict(drop_rate=-0.1), ('drop_rate', '-0.1')),
+    (dict(attn_layer='sse'), ('attn_layer', 'sse')),
+])
+def test_bad_arguments_are_named(kwargs, numbers):
+    with pytest.raises(ValueError) as info:
+        timm.create_model('dense2net121_s4', device='meta', **kwargs)
+    assert all(n in str(info.value) for n in numbers)
+
+
+@pytest.mark.parametrize('name,shape,words', [
+    ('dense2net40_k12_s4', (1, 1, 32, 32), ('(N, 3, H, W)', '[1, 1, 32, 32]')),
+    ('dense2net40_k12_s4', (3, 32, 32), ('(N, 3, H, W)', '[3, 32, 32]')),
+    ('dense2net40_k12_s4', (1, 3, 32, 3), ('32x3', '4x4')),
+    ('dense2net121_s4', (1, 3, 7, 7), ('7x7', '8x8')),
+    ('dense2net121d_s4', (1, 3, 28, 40), ('28x40', '29x29')),
+])
+def test_bad_input_is_named(name, shape, words):
+    model = timm.create_model(name, device='meta').eval()
+    for call in (model, model.forward_features, model.forward_intermediates):
+        with pytest.raises(ValueError) as info:
+            call(torch.empty(shape, device='meta'))
+        assert all(w in str(info.value) for w in words)
+
+
+@pytest.mark.parametrize('name,size', [('dense2net40_k12_s4', 4), ('dense2net121_s4', 8), ('dense2net121d_s4', 29)])
+def test_smallest_input(name, size):
+    model = timm.create_model(name, device='meta').eval()
+    assert model.min_size == size
+    assert model.forward_features(torch.empty(1, 3, size, size, device='meta')).shape[2:] == (1, 1)
+
+
+def test_layer_names_its_wrong_input():
+    with pytest.raises(ValueError, match=r'\(N, 16, H, W\), got \[1, 12, 4, 4\]'):
+        SplitHierarchyConv2d(16)(torch.randn(1, 12, 4, 4))
