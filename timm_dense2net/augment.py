@@ -3,8 +3,12 @@
 The draws of a batch are made on the host by a numpy generator, so that they are the same whatever device does the
 work and no step waits for the device. The images are never looped over.
 """
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Optional, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -76,18 +80,23 @@ class ImageDraws(NamedTuple):
     negate: np.ndarray  # (B, 2) bool, sign of each operation's magnitude
     holes: np.ndarray  # (B, cutout_holes, 2) row and column of each square's centre
 
-    def take(self, part: slice) -> 'ImageDraws':
+    def take(self, part: slice | np.ndarray) -> ImageDraws:
         """The draws of some of the images."""
         return ImageDraws(*(values[part] for values in self))
+
+    @classmethod
+    def join(cls, draws: Sequence[ImageDraws]) -> ImageDraws:
+        """The draws of several batches, one after the other."""
+        return cls(*map(np.concatenate, zip(*draws)))
 
 
 class MixDraws(NamedTuple):
     """Draws for mixing each image with its partner; the first axis of each array is the image."""
     pixel_weight: np.ndarray  # (B,) float32 weight of the image's own pixels outside the box: lambda, or 1 for CutMix
-    box: np.ndarray  # (B, 4) top, bottom, left, right of what is pasted from the partner; empty for Mixup
+    box: np.ndarray  # (B, 2, 2) first and last + 1 (row, column) pasted from the partner; empty for Mixup
     target_weight: np.ndarray  # (B,) float32 weight of the image's own target
 
-    def take(self, part: slice) -> 'MixDraws':
+    def take(self, part: slice | np.ndarray) -> MixDraws:
         """The draws of some of the images."""
         return MixDraws(*(values[part] for values in self))
 
@@ -117,23 +126,21 @@ def draw_mix(config: AugmentConfig, count: int, size: tuple[int, int], rng: np.r
         rng.beta(config.mixup or 1., config.mixup or 1., count))
     lam = np.where(rng.random(count) < config.mixup_prob, beta, 1.)
 
-    height, width = size
     ratio = np.where(use_cutmix, np.sqrt(1. - lam), 0.)
+    cut = (np.array(size) * ratio[:, None]).astype(np.int64)
     centre = rng.integers(size, size=(count, 2))
-    box = []
-    for axis, length in enumerate(size):
-        cut = (length * ratio).astype(np.int64)
-        box.append(np.clip(centre[:, axis] - cut // 2, 0, length))
-        box.append(np.clip(centre[:, axis] + (cut + 1) // 2, 0, length))
-    area = (box[1] - box[0]) * (box[3] - box[2])
+    box = np.stack((centre - cut // 2, centre + (cut + 1) // 2), axis=1).clip(0, size)
+    area = (box[:, 1] - box[:, 0]).prod(axis=1)
     return MixDraws(
         pixel_weight=np.where(use_cutmix, 1., lam).astype(np.float32),
-        box=np.stack(box, axis=1),
-        target_weight=np.where(use_cutmix, 1. - area / (height * width), lam).astype(np.float32),
+        box=box,
+        # The box may be clipped: what it covers is the partner's true share.
+        target_weight=np.where(use_cutmix, 1. - area / math.prod(size), lam).astype(np.float32),
     )
 
 
-def _to(values: np.ndarray, device: torch.device) -> torch.Tensor:
+def to_device(values: np.ndarray, device: torch.device) -> torch.Tensor:
+    """A host array as a tensor on the device, without waiting for it."""
     return torch.from_numpy(np.ascontiguousarray(values)).to(device, non_blocking=True)
 
 
@@ -164,6 +171,15 @@ def crop_and_flip(images: torch.Tensor, crop: torch.Tensor, flip: torch.Tensor, 
     return both.index_select(0, torch.arange(batch, device=device) + batch * flip)
 
 
+def _boxes_over(start: torch.Tensor, stop: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """Number of boxes over each pixel, B x 1 x H x W, of boxes [start, stop), B x boxes x 2 (rows, columns)."""
+    sides = []
+    for axis, length in enumerate(size):
+        position = torch.arange(length, device=start.device)
+        sides.append(((position >= start[..., axis:axis + 1]) & (position < stop[..., axis:axis + 1])).float())
+    return torch.bmm(sides[0].mT, sides[1]).unsqueeze(1)
+
+
 def cutout_mask(holes: torch.Tensor, length: int, size: tuple[int, int]) -> torch.Tensor:
     """Mask of the squares of side ``length`` centred at ``holes``, clipped at the border.
 
@@ -177,14 +193,8 @@ def cutout_mask(holes: torch.Tensor, length: int, size: tuple[int, int]) -> torc
     Returns:
         float32, B x 1 x H x W: 0 in a square, 1 elsewhere.
     """
-    height, width = size
     start = holes - length // 2
-    rows = torch.arange(height, device=holes.device) - start[..., :1]
-    columns = torch.arange(width, device=holes.device) - start[..., 1:]
-    rows = ((rows >= 0) & (rows < length)).float()
-    columns = ((columns >= 0) & (columns < length)).float()
-    covered = torch.einsum('bnh,bnw->bhw', rows, columns)
-    return (covered == 0.).float().unsqueeze(1)
+    return _boxes_over(start, start + length, size).lt_(1.)
 
 
 class _BatchAutoAugment(v2.AutoAugment):
@@ -207,13 +217,13 @@ class _BatchAutoAugment(v2.AutoAugment):
                     magnitude = self._magnitude(name, level, height, width, draws.negate[row, stage])
                     groups.setdefault((name, magnitude), []).append(row)
             for (name, magnitude), rows in groups.items():
-                index = _to(np.array(rows), images.device)
+                index = to_device(np.array(rows), images.device)
                 group = self._apply_image_or_video_transform(
                     images.index_select(0, index), name, magnitude, interpolation=self.interpolation, fill=self._fill)
                 images.index_copy_(0, index, group)
         return images
 
-    def _magnitude(self, name: str, level: Optional[int], height: int, width: int, negate: bool) -> float:
+    def _magnitude(self, name: str, level: int | None, height: int, width: int, negate: bool) -> float:
         magnitudes, signed = self._AUGMENTATION_SPACE[name]
         if level is None:
             return 0.
@@ -256,26 +266,35 @@ class BatchAugment:
         self.normalize = normalize
         self.auto_augment = _auto_augment(config.auto_augment) if config.auto_augment else None
 
-    def __call__(self, images: torch.Tensor, draws: ImageDraws) -> torch.Tensor:
-        """Flip, crop, AutoAugment, normalise and cut out.
+    def pixels(self, images: torch.Tensor, draws: ImageDraws) -> torch.Tensor:
+        """What is done to uint8 pixels: crop, flip and AutoAugment.
 
         Args:
             images: uint8 batch, B x C x H x W.
             draws: For these images.
 
         Returns:
-            float32 batch, B x C x H x W.
+            uint8 batch, B x C x H x W.
         """
-        config = self.config
-        device = images.device
-        if config.crop_padding or config.hflip:
-            images = crop_and_flip(images, _to(draws.crop, device), _to(draws.flip, device), config.crop_padding)
-        if self.auto_augment is not None:
-            images = self.auto_augment(images, draws)
+        if self.config.crop_padding or self.config.hflip:
+            crop, flip = to_device(draws.crop, images.device), to_device(draws.flip, images.device)
+            images = crop_and_flip(images, crop, flip, self.config.crop_padding)
+        return images if self.auto_augment is None else self.auto_augment(images, draws)
+
+    def finish(self, images: torch.Tensor, draws: ImageDraws) -> torch.Tensor:
+        """What is done after :meth:`pixels`: normalisation and cutout.
+
+        Args:
+            images: uint8 batch, B x C x H x W.
+            draws: For these images.
+
+        Returns:
+            float32 batch, B x C x H x W; a masked pixel is 0, the mean.
+        """
         images = self.normalize(images)
-        if config.cutout_holes:
-            # After normalisation the mean is 0.
-            images.mul_(cutout_mask(_to(draws.holes, device), config.cutout_length, images.shape[-2:]))
+        if self.config.cutout_holes:
+            holes = to_device(draws.holes, images.device)
+            images.mul_(cutout_mask(holes, self.config.cutout_length, images.shape[-2:]))
         return images
 
 
@@ -291,19 +310,15 @@ def mix_images(images: torch.Tensor, partners: torch.Tensor, draws: MixDraws) ->
         float batch, B x C x H x W.
     """
     device = images.device
-    top, bottom, left, right = _to(draws.box, device).view(-1, 4, 1).unbind(1)
-    rows = torch.arange(images.shape[2], device=device)
-    columns = torch.arange(images.shape[3], device=device)
-    inside_rows = ((rows >= top) & (rows < bottom)).view(-1, 1, images.shape[2], 1)
-    inside_columns = ((columns >= left) & (columns < right)).view(-1, 1, 1, images.shape[3])
-    weight = _to(draws.pixel_weight, device).view(-1, 1, 1, 1) * ~(inside_rows & inside_columns)
-    return torch.lerp(partners, images, weight)
+    start, stop = to_device(draws.box, device).unsqueeze(2).unbind(1)
+    outside = 1. - _boxes_over(start, stop, images.shape[-2:])
+    return torch.lerp(partners, images, outside.mul_(to_device(draws.pixel_weight, device).view(-1, 1, 1, 1)))
 
 
 def mix_targets(
         labels: torch.Tensor,
         num_classes: int,
-        draws: Optional[MixDraws],
+        draws: MixDraws | None,
         smoothing: float,
 ) -> torch.Tensor:
     """Soft targets of a batch in which image i is mixed with image B - 1 - i (timm's ``mixup_target``).
@@ -317,5 +332,5 @@ def mix_targets(
     Returns:
         float32, B x num_classes.
     """
-    weight = 1. if draws is None else _to(draws.target_weight, labels.device).unsqueeze(1)
+    weight = 1. if draws is None else to_device(draws.target_weight, labels.device).unsqueeze(1)
     return mixup_target(labels, num_classes, weight, smoothing)

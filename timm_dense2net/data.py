@@ -1,16 +1,35 @@
-"""Image data held in memory as uint8, and deterministic batches of it made on the device."""
+"""Image data held in memory as uint8, and deterministic batches of it made on the device.
+
+Data too large to be held is read by worker processes instead; all that follows is the same.
+"""
+from __future__ import annotations
+
 import math
 import os
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Iterator, Optional, Sequence, Union
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 from timm.data import ImageDataset, create_dataset, create_transform
+from timm.data.loader import fast_collate
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from .augment import AugmentConfig, BatchAugment, ImageDraws, Normalize, draw_images, draw_mix, mix_images, mix_targets
+from .augment import (
+    AugmentConfig,
+    BatchAugment,
+    ImageDraws,
+    MixDraws,
+    Normalize,
+    draw_images,
+    draw_mix,
+    mix_images,
+    mix_targets,
+    to_device,
+)
 
 # Classes, training images and test images of the data sets whose size is known, by the last part of their name.
 _KNOWN_SIZES = {'cifar10': (10, 50000, 10000), 'cifar100': (100, 50000, 10000)}
@@ -26,9 +45,17 @@ _SPLIT_NAMES = {
     'test': ('test', 'validation', 'val', 'valid', 'eval', 'evaluation'),
 }
 
+# Data sets of more bytes than this, as uint8, are read from where they are.
+_MEMORY_LIMIT = 8 << 30
+
+# AutoAugment takes this many pixels at a time: images of several steps share its operations' fixed cost.
+_AUTO_AUGMENT_PIXELS = 1 << 21
+
+_STATS_SAMPLE = 5000
+
 # First words of the entropy of each random stream. numpy takes (1, 2) and (1, 2, 0) for the same seed, so streams of
 # different length need different first words.
-_PERMUTATION, _AUGMENTATION, _HOLD_OUT = 1, 2, 3
+_PERMUTATION, _AUGMENTATION, _HOLD_OUT, _STATS = 1, 2, 3, 4
 
 
 @dataclass(frozen=True)
@@ -51,25 +78,142 @@ class ImageArrays:
     def num_classes(self) -> int:
         return len(self.class_names)
 
-    def subset(self, indices: Union[torch.Tensor, np.ndarray, Sequence[int]]) -> 'ImageArrays':
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width."""
+        return tuple(self.images.shape[1:])
+
+    def subset(self, indices: torch.Tensor | np.ndarray | Sequence[int]) -> ImageArrays:
         """The images of the given indices, in that order."""
         index = torch.as_tensor(indices, dtype=torch.int64)
         return ImageArrays(self.images[index], self.labels[index], self.class_names)
 
 
-def load_arrays(
+class ImageReader(Dataset):
+    """A data set that is decoded image by image, when asked.
+
+    Args:
+        source: Map-style data set of timm or torchvision that gives PIL images.
+        name: For messages.
+        img_size: Side in pixels that every image is resized and centre-cropped to, as timm does for evaluation with
+            ``crop_pct=1``; None where the images have one size.
+        indices: Those of the images that are part of it; None for all.
+    """
+
+    def __init__(
+            self,
+            source: Dataset,
+            name: str,
+            img_size: int | None = None,
+            indices: np.ndarray | None = None,
+    ) -> None:
+        self.source = source
+        self.name = name
+        self.img_size = img_size
+        self.indices = np.arange(len(source)) if indices is None else indices
+        if len(self.indices) == 0:
+            raise ValueError(f'{name}: holds no image.')
+        labels = _read_labels(source)
+        self.class_names = _class_names(source, labels)
+        self.labels = torch.from_numpy(labels[self.indices])
+        self.transform = None
+        if img_size is not None:
+            self.transform = create_transform(
+                (3, img_size, img_size), interpolation='bicubic', crop_pct=1., use_prefetcher=True)
+        self.image_shape = self[0][0].shape
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_names)
+
+    def subset(self, indices: torch.Tensor | np.ndarray | Sequence[int]) -> ImageReader:
+        """The images of the given indices, in that order."""
+        return ImageReader(self.source, self.name, self.img_size, self.indices[np.asarray(indices)])
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
+        """One image, uint8, C x H x W, and its label.
+
+        Raises:
+            ValueError: It cannot be decoded, or has another size than the first and ``img_size`` is not given.
+        """
+        image = self._decode(int(self.indices[index]))
+        if self.transform is not None and image.size != (self.img_size, self.img_size):
+            array = np.asarray(self.transform(image))
+        else:
+            array = np.array(image).transpose(2, 0, 1)
+        if index and array.shape != self.image_shape:
+            raise ValueError(
+                f'{self.name}: image {index} is {array.shape[1]} x {array.shape[2]}, the first is '
+                f'{self.image_shape[1]} x {self.image_shape[2]}; give img_size so that all are brought to one size.')
+        return array, int(self.labels[index])
+
+    def _decode(self, index: int) -> Image.Image:
+        if not isinstance(self.source, ImageDataset):
+            return self.source[index][0].convert('RGB')
+        # Read past ImageDataset, which puts the next image in the place of one that cannot be decoded.
+        try:
+            stream = self.source.reader[index][0]
+            with stream, Image.open(stream) as image:
+                return image.convert('RGB')
+        except (OSError, SyntaxError, ValueError) as error:
+            reason = 'not an image' if isinstance(error, UnidentifiedImageError) else error
+            file = self.source.filename(index, absolute=True)
+            raise ValueError(f'{self.name}: image {index} ({file}) cannot be decoded: {reason}.') from error
+
+    def decode(self) -> ImageArrays:
+        """Decode all images into memory."""
+        images = np.empty((len(self), *self.image_shape), dtype=np.uint8)
+        # One process shows the bar for all.
+        hidden = os.environ.get('RANK', '0') != '0'
+        for index in tqdm(range(len(self)), desc=f'Decoding {self.name}', mininterval=1., disable=hidden):
+            images[index] = self[index][0]
+        return ImageArrays(torch.from_numpy(images), self.labels, self.class_names)
+
+
+def _read_labels(source: Dataset) -> np.ndarray:
+    """Labels of a map-style data set, without decoding its images."""
+    reader = getattr(source, 'reader', None)
+    if reader is None:
+        labels = source.targets
+    elif hasattr(reader, 'iter_targets'):
+        labels = list(reader.iter_targets())
+    else:
+        labels = [label for _, label in reader.samples]
+    return np.asarray(labels, dtype=np.int64)
+
+
+def _class_names(source: Dataset, labels: np.ndarray) -> tuple[str, ...]:
+    class_to_idx = getattr(getattr(source, 'reader', source), 'class_to_idx', None)
+    if not class_to_idx:
+        return tuple(str(index) for index in range(int(labels.max()) + 1))
+    names = [str(index) for index in range(max(class_to_idx.values()) + 1)]
+    for class_name, index in class_to_idx.items():
+        names[index] = str(class_name)
+    return tuple(names)
+
+
+def load_arrays(dataset: str, split: str, **kwargs) -> ImageArrays:
+    """:func:`load_images`, held in memory whatever the size."""
+    return load_images(dataset, split, memory_limit=None, **kwargs)
+
+
+def load_images(
         dataset: str,
         split: str,
         *,
-        data_dir: Optional[str] = None,
+        data_dir: str | None = None,
         download: bool = False,
-        num_classes: Optional[int] = None,
-        img_size: Optional[int] = None,
-        input_key: Optional[str] = None,
-        target_key: Optional[str] = None,
-        class_map: Union[str, dict] = '',
-) -> ImageArrays:
-    """Open one split of a data set through timm and decode all of it.
+        num_classes: int | None = None,
+        img_size: int | None = None,
+        input_key: str | None = None,
+        target_key: str | None = None,
+        class_map: str | dict = '',
+        memory_limit: int | None = _MEMORY_LIMIT,
+) -> ImageArrays | ImageReader:
+    """Open one split of a data set through timm, and decode all of it where it fits in memory.
 
     Args:
         dataset: timm's data set name (``torch/cifar100``, ``hfds/PATH_OR_HUB_ID``, empty for an image folder in
@@ -83,9 +227,10 @@ def load_arrays(
         input_key: Image column of a Hugging Face data set; found where not given.
         target_key: Label column of a Hugging Face data set; found where not given, ``fine_label`` before ``label``.
         class_map: timm's class map, class name to index.
+        memory_limit: Bytes that the decoded images may take; None for any number.
 
     Returns:
-        The images and labels of the split, checked by :func:`check_arrays`.
+        The images and labels of the split, checked by :func:`check_images`.
 
     Raises:
         FileNotFoundError: The data set or the split is not there.
@@ -94,26 +239,33 @@ def load_arrays(
     if split not in _SPLIT_NAMES:
         raise ValueError(f'split must be one of {sorted(_SPLIT_NAMES)}, got {split!r}.')
     if dataset == 'digits':
-        arrays = _load_digits(split, img_size or 32)
+        images = _load_digits(split, img_size or 32)
     else:
         source = open_dataset(
             dataset, split, data_dir=data_dir, download=download,
             input_key=input_key, target_key=target_key, class_map=class_map)
-        arrays = decode(source, img_size, f'{dataset or data_dir} {split}')
-    check_arrays(arrays, dataset, split, num_classes)
-    return arrays
+        images = ImageReader(source, f'{dataset or data_dir} {split}', img_size)
+        if memory_limit is None or fits_in_memory(len(images), images.image_shape, memory_limit):
+            images = images.decode()
+    check_images(images, dataset, split, num_classes)
+    return images
+
+
+def fits_in_memory(num_images: int, image_shape: Sequence[int], limit: int = _MEMORY_LIMIT) -> bool:
+    """Whether images of a shape (C, H, W) take at most ``limit`` bytes as uint8."""
+    return num_images * math.prod(image_shape) <= limit
 
 
 def open_dataset(
         dataset: str,
         split: str,
         *,
-        data_dir: Optional[str] = None,
+        data_dir: str | None = None,
         download: bool = False,
-        input_key: Optional[str] = None,
-        target_key: Optional[str] = None,
-        class_map: Union[str, dict] = '',
-) -> torch.utils.data.Dataset:
+        input_key: str | None = None,
+        target_key: str | None = None,
+        class_map: str | dict = '',
+) -> Dataset:
     """timm's ``create_dataset`` with the split's name and the columns found; see :func:`load_arrays`."""
     prefix, _, name = dataset.partition('/')
     prefix = prefix.lower()
@@ -127,7 +279,7 @@ def open_dataset(
     return _open_folder(root, split, class_map)
 
 
-def _open_torch(dataset: str, split: str, data_dir: Optional[str], download: bool) -> torch.utils.data.Dataset:
+def _open_torch(dataset: str, split: str, data_dir: str | None, download: bool) -> Dataset:
     if not data_dir:
         raise ValueError(f'{dataset}: needs the folder that holds it, or is to hold it, as data_dir.')
     timm_split = 'train' if split == 'train' else 'validation'
@@ -143,11 +295,11 @@ def _open_torch(dataset: str, split: str, data_dir: Optional[str], download: boo
 def _open_hfds(
         dataset: str,
         split: str,
-        cache_dir: Optional[str],
-        input_key: Optional[str],
-        target_key: Optional[str],
-        class_map: Union[str, dict],
-) -> torch.utils.data.Dataset:
+        cache_dir: str | None,
+        input_key: str | None,
+        target_key: str | None,
+        class_map: str | dict,
+) -> Dataset:
     import datasets  # optional, and slow to import
     name = dataset.partition('/')[2]
     try:
@@ -170,7 +322,7 @@ def _open_hfds(
         raise ValueError(f'{dataset}: damaged: {_damaged_parquet(name) or error.__cause__ or error}') from error
 
 
-def _find_column(dataset: str, features: Any, given: Optional[str], names: Sequence[str], kind: type) -> str:
+def _find_column(dataset: str, features: Any, given: str | None, names: Sequence[str], kind: type) -> str:
     if given:
         if given not in features:
             raise ValueError(f'{dataset}: no column {given!r}, only {list(features)}.')
@@ -182,7 +334,7 @@ def _find_column(dataset: str, features: Any, given: Optional[str], names: Seque
     raise ValueError(f'{dataset}: none of its columns {list(features)} is {" or ".join(names)}; name the column.')
 
 
-def _damaged_parquet(folder: str) -> Optional[str]:
+def _damaged_parquet(folder: str) -> str | None:
     """Name of the first parquet file below a local folder that cannot be read, and why."""
     import pyarrow.parquet as parquet
     for root, _, files in sorted(os.walk(folder)):
@@ -197,7 +349,7 @@ def _damaged_parquet(folder: str) -> Optional[str]:
     return None
 
 
-def _open_folder(root: Optional[str], split: str, class_map: Union[str, dict]) -> torch.utils.data.Dataset:
+def _open_folder(root: str | None, split: str, class_map: str | dict) -> Dataset:
     if not root or not os.path.isdir(root):
         raise FileNotFoundError(f'{root or "data_dir"}: not a folder of images, nor a data set name that timm knows.')
     found = next((name for name in _SPLIT_NAMES[split] if os.path.isdir(os.path.join(root, name))), None)
@@ -221,84 +373,27 @@ def _load_digits(split: str, img_size: int) -> ImageArrays:
         np.arange(len(digits.target)), test_size=0.2, stratify=digits.target, random_state=0)
     index = train if split == 'train' else test
     levels = np.rint(digits.images[index] * (255. / 16.)).astype(np.uint8)
-    grey = np.stack([Image.fromarray(level).resize((img_size, img_size), Image.Resampling.BILINEAR) for level in levels])
+    size = (img_size, img_size)
+    grey = np.stack([Image.fromarray(level).resize(size, Image.Resampling.BILINEAR) for level in levels])
     images = torch.from_numpy(grey).unsqueeze(1).repeat(1, 3, 1, 1)
     labels = torch.from_numpy(digits.target[index]).long()
     return ImageArrays(images, labels, tuple(str(name) for name in digits.target_names))
 
 
-def decode(source: torch.utils.data.Dataset, img_size: Optional[int], name: str) -> ImageArrays:
-    """Decode all images of a map-style timm or torchvision data set.
-
-    Args:
-        source: What :func:`open_dataset` gives.
-        img_size: Side in pixels of the result; None where all images have one size.
-        name: For the progress bar and for messages.
-
-    Returns:
-        Images and labels in the order of ``source``.
-
-    Raises:
-        ValueError: An image cannot be decoded, or has another size than the first and ``img_size`` is not given.
-    """
-    transform = None
-    if img_size is not None:
-        transform = create_transform((3, img_size, img_size), interpolation='bicubic', crop_pct=1., use_prefetcher=True)
-    images: Optional[np.ndarray] = None
-    labels = np.empty(len(source), dtype=np.int64)
-    # Disabled on the other processes: one bar is enough.
-    for index in tqdm(range(len(source)), desc=f'Decoding {name}', disable=os.environ.get('RANK', '0') != '0'):
-        image, labels[index] = _read(source, index, name)
-        if transform is not None and image.size != (img_size, img_size):
-            array = np.asarray(transform(image))
-        else:
-            array = np.asarray(image).transpose(2, 0, 1)
-        if images is None:
-            images = np.empty((len(source), *array.shape), dtype=np.uint8)
-        if array.shape != images.shape[1:]:
-            raise ValueError(
-                f'{name}: image {index} is {array.shape[1]} x {array.shape[2]}, the first is {images.shape[2]} x '
-                f'{images.shape[3]}; give img_size so that all are brought to one size.')
-        images[index] = array
-    if images is None:
-        raise ValueError(f'{name}: holds no image.')
-    return ImageArrays(torch.from_numpy(images), torch.from_numpy(labels), _class_names(source, labels))
-
-
-def _read(source: torch.utils.data.Dataset, index: int, name: str) -> tuple[Image.Image, int]:
-    if not isinstance(source, ImageDataset):
-        image, label = source[index]
-        return image.convert('RGB'), label
-    # Read past ImageDataset, which puts the next image in the place of one that cannot be decoded.
-    try:
-        stream, label = source.reader[index]
-        with stream, Image.open(stream) as image:
-            return image.convert('RGB'), label
-    except (OSError, SyntaxError, ValueError) as error:
-        reason = 'not an image' if isinstance(error, UnidentifiedImageError) else error
-        raise ValueError(f'{name}: image {index} ({source.filename(index)}) cannot be decoded: {reason}.') from error
-
-
-def _class_names(source: torch.utils.data.Dataset, labels: np.ndarray) -> tuple[str, ...]:
-    reader = getattr(source, 'reader', source)
-    class_to_idx = getattr(reader, 'class_to_idx', None)
-    if not class_to_idx:
-        return tuple(str(index) for index in range(int(labels.max()) + 1))
-    names = [str(index) for index in range(max(class_to_idx.values()) + 1)]
-    for class_name, index in class_to_idx.items():
-        names[index] = str(class_name)
-    return tuple(names)
-
-
-def check_arrays(arrays: ImageArrays, dataset: str = '', split: str = '', num_classes: Optional[int] = None) -> None:
+def check_images(
+        images: ImageArrays | ImageReader,
+        dataset: str = '',
+        split: str = '',
+        num_classes: int | None = None,
+) -> None:
     """Check that a split is whole.
 
     Every class must have an image and every label a class. CIFAR-10 and CIFAR-100, known by the last part of
-    ``dataset``, must have their published number of images, equally many of each class, and training images with the
-    published mean and standard deviation.
+    ``dataset``, must have their published number of images, equally many of each class, and training images, where they
+    are decoded, with the published mean and standard deviation.
 
     Args:
-        arrays: Decoded split.
+        images: One split.
         dataset: Name or path it came from.
         split: ``'train'`` or ``'test'``.
         num_classes: Number of classes it must have.
@@ -307,37 +402,37 @@ def check_arrays(arrays: ImageArrays, dataset: str = '', split: str = '', num_cl
         ValueError: It is not; the message names the numbers.
     """
     name = f'{dataset} {split}'.strip() or 'data set'
-    if num_classes is not None and arrays.num_classes != num_classes:
-        raise ValueError(f'{name}: has {arrays.num_classes} classes, {num_classes} are asked for.')
-    low, high = int(arrays.labels.min()), int(arrays.labels.max())
-    if low < 0 or high >= arrays.num_classes:
-        raise ValueError(f'{name}: labels go from {low} to {high}, with {arrays.num_classes} classes they must be '
-                         f'from 0 to {arrays.num_classes - 1}.')
-    counts = torch.bincount(arrays.labels, minlength=arrays.num_classes)
+    if num_classes is not None and images.num_classes != num_classes:
+        raise ValueError(f'{name}: has {images.num_classes} classes, {num_classes} are asked for.')
+    low, high = int(images.labels.min()), int(images.labels.max())
+    if low < 0 or high >= images.num_classes:
+        raise ValueError(f'{name}: labels go from {low} to {high}, with {images.num_classes} classes they must be '
+                         f'from 0 to {images.num_classes - 1}.')
+    counts = torch.bincount(images.labels, minlength=images.num_classes)
     known = _known_name(dataset)
     if known is None:
         if int(counts.min()) == 0:
-            raise ValueError(f'{name}: no image of class {arrays.class_names[int(counts.argmin())]!r}.')
+            raise ValueError(f'{name}: no image of class {images.class_names[int(counts.argmin())]!r}.')
         return
 
     classes, *sizes = _KNOWN_SIZES[known]
     expected = sizes[0] if split == 'train' else sizes[1]
-    if len(arrays) != expected:
-        raise ValueError(f'{name}: has {len(arrays)} images, the whole of it has {expected}.')
-    if arrays.num_classes != classes:
-        raise ValueError(f'{name}: has {arrays.num_classes} classes, {known} has {classes}.')
+    if len(images) != expected:
+        raise ValueError(f'{name}: has {len(images)} images, the whole of it has {expected}.')
+    if images.num_classes != classes:
+        raise ValueError(f'{name}: has {images.num_classes} classes, {known} has {classes}.')
     worst = int((counts - expected // classes).abs().argmax())
     if int(counts[worst]) != expected // classes:
-        raise ValueError(f'{name}: has {int(counts[worst])} images of class {arrays.class_names[worst]!r}, '
+        raise ValueError(f'{name}: has {int(counts[worst])} images of class {images.class_names[worst]!r}, '
                          f'it should have {expected // classes}.')
-    if split == 'train':
-        stats = dataset_stats(arrays)
+    if split == 'train' and isinstance(images, ImageArrays):
+        stats = dataset_stats(images)
         if not np.allclose(stats, _KNOWN_STATS[known], rtol=0., atol=1e-5):
             raise ValueError(f'{name}: mean and deviation are {stats}, {known} has {_KNOWN_STATS[known]}: '
                              f'the images were altered.')
 
 
-def check_same_classes(train: ImageArrays, test: ImageArrays) -> None:
+def check_same_classes(train: ImageArrays | ImageReader, test: ImageArrays | ImageReader) -> None:
     """Check that two splits number the same classes in the same way.
 
     Raises:
@@ -351,24 +446,30 @@ def check_same_classes(train: ImageArrays, test: ImageArrays) -> None:
                      f'only in training: {only_train}, only in test: {only_test}.')
 
 
-def _known_name(dataset: str) -> Optional[str]:
+def _known_name(dataset: str) -> str | None:
     prefix, _, rest = dataset.rstrip('/').partition('/')
     name = rest.rpartition('/')[2].lower()
     return name if prefix.lower() in ('torch', 'hfds') and name in _KNOWN_SIZES else None
 
 
-def known_stats(dataset: str) -> Optional[tuple[tuple[float, ...], tuple[float, ...]]]:
+def known_stats(dataset: str) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
     """Published mean and standard deviation of a data set's training images, None where none is known here."""
     name = _known_name(dataset)
     return None if name is None else _KNOWN_STATS[name]
 
 
-def dataset_stats(arrays: ImageArrays) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Exact mean and standard deviation of each channel over all pixels, on the scale of 0 to 1."""
+def dataset_stats(images: ImageArrays | ImageReader) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of each channel over all pixels, on the scale of 0 to 1.
+
+    They are exact for decoded images. Of images that are not, 5,000 are decoded, chosen at random with a fixed seed.
+    """
+    if isinstance(images, ImageReader):
+        sample = np.random.default_rng(_STATS).permutation(len(images))[:_STATS_SAMPLE]
+        images = images.subset(np.sort(sample)).decode()
     means, stds = [], []
     levels = torch.arange(256, dtype=torch.float64) / 255.
-    for channel in range(arrays.images.shape[1]):
-        frequency = torch.bincount(arrays.images[:, channel].flatten(), minlength=256).double()
+    for channel in range(images.image_shape[0]):
+        frequency = torch.bincount(images.images[:, channel].flatten(), minlength=256).double()
         frequency /= frequency.sum()
         mean = float((frequency * levels).sum())
         means.append(mean)
@@ -376,24 +477,28 @@ def dataset_stats(arrays: ImageArrays) -> tuple[tuple[float, ...], tuple[float, 
     return tuple(means), tuple(stds)
 
 
-def hold_out_split(arrays: ImageArrays, count: int, seed: int) -> tuple[ImageArrays, ImageArrays]:
+def hold_out_split(
+        images: ImageArrays | ImageReader,
+        count: int,
+        seed: int,
+) -> tuple[ImageArrays | ImageReader, ImageArrays | ImageReader]:
     """Hold out images chosen at random, as many of each class as its share allows.
 
     Args:
-        arrays: Training images.
+        images: Training images.
         count: Number of images held out.
         seed: Of the choice.
 
     Returns:
-        What is left, and what is held out; both keep the order of ``arrays``.
+        What is left, and what is held out; both keep the order of ``images``.
 
     Raises:
         ValueError: ``count`` leaves nothing on one side.
     """
-    if not 0 < count < len(arrays):
-        raise ValueError(f'{count} images cannot be held out of {len(arrays)}; give 1 to {len(arrays) - 1}.')
-    labels = arrays.labels.numpy()
-    sizes = np.bincount(labels, minlength=arrays.num_classes)
+    if not 0 < count < len(images):
+        raise ValueError(f'{count} images cannot be held out of {len(images)}; give 1 to {len(images) - 1}.')
+    labels = images.labels.numpy()
+    sizes = np.bincount(labels, minlength=images.num_classes)
     # Largest remainder: the shares rounded down, then one more for the classes that lost most by it.
     shares = sizes * (count / len(labels))
     takes = np.floor(shares).astype(np.int64)
@@ -402,7 +507,7 @@ def hold_out_split(arrays: ImageArrays, count: int, seed: int) -> tuple[ImageArr
     held = np.zeros(len(labels), dtype=bool)
     for label, take in enumerate(takes):
         held[rng.permutation(np.flatnonzero(labels == label))[:take]] = True
-    return arrays.subset(np.flatnonzero(~held)), arrays.subset(np.flatnonzero(held))
+    return images.subset(np.flatnonzero(~held)), images.subset(np.flatnonzero(held))
 
 
 class BatchLoader:
@@ -412,7 +517,7 @@ class BatchLoader:
     slice. So an epoch can be begun at any step with nothing saved, and N processes see together what one would see.
 
     Args:
-        arrays: Images and labels.
+        images: Decoded images, or a reader of those that are too many to be held.
         batch_size: Of all processes together.
         device: Where the images are held and the batches made.
         mean: Mean of each channel, on the scale of 0 to 1.
@@ -426,6 +531,7 @@ class BatchLoader:
         drop_last: Leave out a last batch that is not full; by default in training, as timm does.
         channels_last: Memory format of the batches.
         dtype: Of the images.
+        num_workers: Processes that decode images of a reader; 0 for this one.
 
     Raises:
         ValueError: The batch cannot be divided among the processes, or the images do not fill one batch.
@@ -433,30 +539,31 @@ class BatchLoader:
 
     def __init__(
             self,
-            arrays: ImageArrays,
+            images: ImageArrays | ImageReader,
             batch_size: int,
             *,
-            device: Union[str, torch.device],
+            device: str | torch.device,
             mean: Sequence[float],
             std: Sequence[float],
             train: bool,
-            augment: Optional[AugmentConfig] = None,
+            augment: AugmentConfig | None = None,
             seed: int = 0,
             rank: int = 0,
             world_size: int = 1,
-            drop_last: Optional[bool] = None,
+            drop_last: bool | None = None,
             channels_last: bool = False,
             dtype: torch.dtype = torch.float32,
+            num_workers: int = 0,
     ) -> None:
         if batch_size < 1 or batch_size % world_size:
             raise ValueError(f'batch_size {batch_size} cannot be divided among {world_size} processes.')
         if seed < 0:
             raise ValueError(f'seed must be 0 or more, got {seed}.')
         self.drop_last = train if drop_last is None else drop_last
-        if train and self.drop_last and len(arrays) < batch_size:
-            raise ValueError(f'{len(arrays)} images do not fill one batch of {batch_size}.')
-        if train and not self.drop_last and len(arrays) % batch_size % world_size:
-            raise ValueError(f'the last batch of {len(arrays) % batch_size} images cannot be divided among '
+        if train and self.drop_last and len(images) < batch_size:
+            raise ValueError(f'{len(images)} images do not fill one batch of {batch_size}.')
+        if train and not self.drop_last and len(images) % batch_size % world_size:
+            raise ValueError(f'the last batch of {len(images) % batch_size} images cannot be divided among '
                              f'{world_size} processes; drop it.')
         self.device = torch.device(device)
         self.batch_size = batch_size
@@ -466,22 +573,22 @@ class BatchLoader:
         self.world_size = world_size
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.dtype = dtype
-        self.num_classes = arrays.num_classes
-        self.num_images = len(arrays)
-        if not train:
-            bounds = [len(arrays) * r // world_size for r in (rank, rank + 1)]
-            arrays = arrays.subset(range(*bounds)) if world_size > 1 else arrays
-        self.images = arrays.images.to(self.device)
-        self.labels = arrays.labels.to(self.device)
-        self.normalize = Normalize(mean, std, self.device)
-        self.config = (augment or AugmentConfig(hflip=0., crop_padding=0)) if train else None
-        self.augment = BatchAugment(self.config, self.normalize) if train else None
+        self.num_workers = num_workers
+        self.num_classes = images.num_classes
+        self.image_size = tuple(images.image_shape[1:])
+        self.reader = images if isinstance(images, ImageReader) else None
+        self.held = images.images.to(self.device) if isinstance(images, ImageArrays) else None
+        self.labels = images.labels.to(self.device)
+        self.config = (train and augment) or AugmentConfig(hflip=0., crop_padding=0)
+        self.augment = BatchAugment(self.config, Normalize(mean, std, self.device))
 
     def __len__(self) -> int:
         """Steps of an epoch on this process."""
-        images, batch = self.num_images, self.batch_size
-        if not self.train:
-            images, batch = len(self.labels), self.batch_size // self.world_size
+        if self.train:
+            images, batch = len(self.labels), self.batch_size
+        else:
+            start, stop = self._eval_bounds()
+            images, batch = stop - start, self.batch_size // self.world_size
         return images // batch if self.drop_last else math.ceil(images / batch)
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -495,42 +602,100 @@ class BatchLoader:
             Images, B x C x H x W, and targets: int64 class indices, B, or float32 class weights, B x num_classes,
             in training with Mixup or CutMix. B is this process's share of the global batch.
         """
-        batches = self._train_batches if self.train else self._eval_batches
-        for images, targets in batches(epoch, start_step):
+        batches = self._train_batches(epoch, start_step) if self.train else self._eval_batches(start_step)
+        for images, targets in batches:
             yield images.to(dtype=self.dtype, memory_format=self.memory_format), targets
 
-    def _eval_batches(self, epoch: int, start_step: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def _eval_bounds(self) -> tuple[int, int]:
+        total = len(self.labels)
+        return total * self.rank // self.world_size, total * (self.rank + 1) // self.world_size
+
+    def _eval_batches(self, start_step: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        start, stop = self._eval_bounds()
         batch = self.batch_size // self.world_size
-        for start in range(start_step * batch, len(self) * batch, batch):
-            yield self.normalize(self.images[start:start + batch]), self.labels[start:start + batch]
+        steps = range(start_step, len(self))
+        indices = [np.arange(start + step * batch, min(start + (step + 1) * batch, stop)) for step in steps]
+        for index, images in zip(indices, self._fetch(indices)):
+            yield self.augment.normalize(images), self.labels[index[0]:index[-1] + 1]
 
     def _train_batches(self, epoch: int, start_step: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        config = self.config
-        size = tuple(self.images.shape[-2:])
-        order = np.random.default_rng((_PERMUTATION, self.seed, epoch)).permutation(self.num_images)
-        order = torch.from_numpy(order).to(self.device)
-        mixing = config.mixes and not (config.mixup_off_epoch and epoch >= config.mixup_off_epoch)
-        for step in range(start_step, len(self)):
-            index = order[step * self.batch_size:(step + 1) * self.batch_size]
-            count = len(index)
-            rng = np.random.default_rng((_AUGMENTATION, self.seed, epoch, step))
-            draws = draw_images(config, count, size, rng)
-            share = count // self.world_size
-            own = slice(self.rank * share, (self.rank + 1) * share)
-            images = self._make(index, draws, own)
-            targets = self.labels[index]
-            if mixing:
-                mix = draw_mix(config, count, size, rng)
-                # Image i is mixed with image count - 1 - i of the global batch, as timm does.
-                if self.world_size == 1:
-                    partners = images.flip(0)
-                else:
-                    partners = self._make(index, draws, slice(count - own.stop, count - own.start)).flip(0)
-                images = mix_images(images, partners, mix.take(own))
-                targets = mix_targets(targets, self.num_classes, mix, config.smoothing)
-            elif config.mixes:
-                targets = mix_targets(targets, self.num_classes, None, config.smoothing)
-            yield images, targets[own]
+        order = np.random.default_rng((_PERMUTATION, self.seed, epoch)).permutation(len(self.labels))
+        mixing = self.config.mixes and not 0 < self.config.mixup_off_epoch <= epoch
+        group = 1
+        if self.config.auto_augment:
+            group = max(1, _AUTO_AUGMENT_PIXELS // (self.batch_size * math.prod(self.image_size)))
+        # Groups begin at multiples of their length, so that a step's group is the same wherever the epoch is begun.
+        groups = [
+            [self._plan(order, step, mixing) for step in range(first, min(first + group, len(self)))]
+            for first in range(start_step - start_step % group, len(self), group)
+        ]
+        fetched = self._fetch([step.index[step.rows] for steps in groups for step in steps])
+        for steps in groups:
+            drawn = [self._draw(epoch, step, mixing) for step in steps]
+            pixels = torch.cat([next(fetched) for _ in steps])
+            pixels = self.augment.pixels(pixels, ImageDraws.join([draws for draws, _ in drawn]))
+            parts = pixels.split([len(step.rows) for step in steps])
+            for step, part, (draws, mix) in zip(steps, parts, drawn):
+                if step.number >= start_step:
+                    yield self._finish(step, part, draws, mix)
 
-    def _make(self, index: torch.Tensor, draws: ImageDraws, part: slice) -> torch.Tensor:
-        return self.augment(self.images.index_select(0, index[part]), draws.take(part))
+    def _plan(self, order: np.ndarray, number: int, mixing: bool) -> _Step:
+        index = order[number * self.batch_size:(number + 1) * self.batch_size]
+        share = len(index) // self.world_size
+        rows = np.arange(self.rank * share, (self.rank + 1) * share)
+        if mixing and self.world_size > 1:
+            # Image i is mixed with image B - 1 - i of the global batch, as timm does; behind this process's images
+            # go their partners, in such an order that the same rule pairs them here.
+            rows = np.concatenate((rows, len(index) - 1 - rows[::-1]))
+        return _Step(number, index, rows, share)
+
+    def _draw(self, epoch: int, step: _Step, mixing: bool) -> tuple[ImageDraws, MixDraws | None]:
+        rng = np.random.default_rng((_AUGMENTATION, self.seed, epoch, step.number))
+        draws = draw_images(self.config, len(step.index), self.image_size, rng).take(step.rows)
+        mix = draw_mix(self.config, len(step.index), self.image_size, rng).take(step.rows) if mixing else None
+        return draws, mix
+
+    def _finish(
+            self,
+            step: _Step,
+            pixels: torch.Tensor,
+            draws: ImageDraws,
+            mix: MixDraws | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        images = self.augment.finish(pixels, draws)
+        targets = self.labels.index_select(0, to_device(step.index[step.rows], self.device))
+        if mix is not None:
+            images = mix_images(images, images.flip(0), mix)
+        if self.config.mixes:
+            targets = mix_targets(targets, self.num_classes, mix, self.config.smoothing)
+        return images[:step.share], targets[:step.share]
+
+    def _fetch(self, indices: list[np.ndarray]) -> Iterator[torch.Tensor]:
+        """uint8 images of each list of indices, on the device."""
+        if self.held is not None:
+            for index in indices:
+                yield self.held.index_select(0, to_device(index, self.device))
+            return
+        loader = DataLoader(
+            self.reader,
+            batch_sampler=indices,
+            num_workers=self.num_workers,
+            collate_fn=fast_collate,
+            pin_memory=self.device.type == 'cuda',
+            generator=torch.Generator(),  # keeps the loader's own draws off the global one
+        )
+        try:
+            for images, _ in loader:
+                yield images.to(self.device, non_blocking=True)
+        except ValueError as error:
+            # A worker's message comes with its traceback in front.
+            raise ValueError(str(error).strip().rpartition('\nValueError: ')[2]) from error
+
+
+@dataclass(frozen=True)
+class _Step:
+    """What one process does in one training step."""
+    number: int
+    index: np.ndarray  # images of the global batch
+    rows: np.ndarray  # positions in it that this process makes: its own, then their partners in other processes
+    share: int  # how many are its own
