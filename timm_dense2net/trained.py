@@ -15,6 +15,7 @@ from timm.models import is_model
 
 from .checkpoint import load_weights
 from .classes import CIFAR100_CLASSES
+from .hub import HUB_ERRORS, check_weights, explain_hub_error, one_line
 
 __all__ = ['TrainedModel', 'load_trained', 'load_pretrained_model', 'load_checkpoint_model']
 
@@ -64,8 +65,11 @@ def load_pretrained_model(name: str) -> TrainedModel:
     """
     try:
         model = timm.create_model(name, pretrained=True).eval()
-    except (RuntimeError, ValueError, OSError) as e:
-        raise ValueError(f'{name}: {_one_line(e)}') from e
+        check_weights(name)
+    except HUB_ERRORS as e:
+        if name.startswith('hf-hub:'):
+            raise ValueError(explain_hub_error(e, name.partition(':')[2])) from e
+        raise ValueError(f'{name}: {one_line(e)}') from e
     cfg = model.pretrained_cfg
     class_names = cfg.get('label_names')
     if class_names is None and (cfg.get('tag') or '').endswith('_c100') and model.num_classes == 100:
@@ -94,7 +98,7 @@ def load_checkpoint_model(path: str | Path, name: str | None = None) -> TrainedM
     try:
         model.load_state_dict(weights)
     except RuntimeError as e:
-        raise ValueError(f'{path} does not fit {name}: {_one_line(e)}') from e
+        raise ValueError(f'{path} does not fit {name}: {one_line(e)}') from e
     overrides = {key: json.loads(metadata[key]) for key in ('input_size', 'mean', 'std') if key in metadata}
     class_names = json.loads(metadata['class_names']) if 'class_names' in metadata else None
     return TrainedModel(
@@ -117,7 +121,3 @@ def _create_for(name: str, weights: Mapping[str, torch.Tensor], model_args: dict
 def _names(names: Sequence[str] | None, num_classes: int) -> tuple[str, ...] | None:
     return tuple(names) if names is not None and len(names) == num_classes else None
 
-
-def _one_line(error: Exception, limit: int = 300) -> str:
-    text = ' '.join(str(error).split())
-    return text if len(text) <= limit else f'{text[:limit]}...'

@@ -1,0 +1,269 @@
+"""`python -m timm_dense2net publish`: a finished run as a Hugging Face Hub repository.
+
+    publish output/RUN --repo-id OWNER/NAME            writes the folder output/RUN/hub and shows it
+    publish output/RUN --repo-id OWNER/NAME --push     and sends it
+
+The folder is a timm model: `timm.create_model('hf-hub:OWNER/NAME')` and `'local-dir:output/RUN/hub'` load it.
+"""
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import EvalResult, HfApi, ModelCardData, get_token
+from huggingface_hub.utils import HFValidationError, validate_repo_id
+from timm.models import save_for_hf
+
+from .hub import DIGEST_KEY, HUB_ERRORS, WEIGHTS_FILE, explain_hub_error, sha256_of
+from .options import ARGS_FILE
+from .report import RunResult, read_run
+from .trained import TrainedModel, load_checkpoint_model
+
+__all__ = ['PublishError', 'write_hub_folder', 'push_hub_folder', 'main']
+
+# What a run leaves that is worth showing, where it is there.
+_RUN_FILES = (
+    'report.json', 'summary.csv', 'curves.png', 'confusion_matrix.png', 'per_class.csv', 'per_superclass.csv')
+
+# Arguments that tell of the machine a run was made on and not of the run.
+_PRIVATE_ARGS = frozenset(('recipe', 'output', 'experiment', 'device', 'data_dir', 'initial_checkpoint', 'workers'))
+
+# Hub id and name of data sets known here, by the last part of timm's data set name.
+_HUB_DATASETS = {'cifar100': ('uoft-cs/cifar100', 'CIFAR-100'), 'cifar10': ('uoft-cs/cifar10', 'CIFAR-10')}
+
+_CITATION = '''\
+@misc{starliper_dense2net,
+  title = {Dense2Net: A Hybrid DenseNet/Res2Net Architecture},
+  author = {Starliper, Nathan and Songkakul, Tanner}
+}
+@article{gao2019res2net,
+  title = {Res2Net: A New Multi-scale Backbone Architecture},
+  author = {Gao, Shang-Hua and Cheng, Ming-Ming and Zhao, Kai and Zhang, Xin-Yu and Yang, Ming-Hsuan and Torr, Philip},
+  journal = {arXiv:1904.01169},
+  year = {2019}
+}
+@inproceedings{huang2017densely,
+  title = {Densely Connected Convolutional Networks},
+  author = {Huang, Gao and Liu, Zhuang and van der Maaten, Laurens and Weinberger, Kilian Q.},
+  booktitle = {CVPR},
+  year = {2017}
+}
+'''
+
+
+class PublishError(RuntimeError):
+    """A run cannot be published; the message says why."""
+
+
+def write_hub_folder(run: Path, repo_id: str, output: Path) -> Path:
+    """Writes a finished run as a Hub folder, in one step: the folder is whole or not there.
+
+    Args:
+        run: Run folder.
+        repo_id: OWNER/NAME that the model card names.
+        output: Folder to write; one already there is replaced if it is a Hub folder.
+
+    Returns:
+        `output`.
+
+    Raises:
+        PublishError: If the run is not finished, its weights cannot be used, or `output` is something else.
+    """
+    try:
+        result = read_run(run)
+        tested = json.loads((run / 'result.json').read_text(encoding='utf-8')).get('tested', 'last')
+        trained = load_checkpoint_model(run / f'{tested}.safetensors')
+    except (ValueError, OSError) as e:
+        raise PublishError(f'{run}: {e}') from e
+    if output.exists() and not (output / 'config.json').is_file():
+        raise PublishError(f'{output} is there and no Hub folder: name another with --output')
+    output.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f'.{output.name}.', dir=output.parent))
+    try:
+        _fill(temporary, run, repo_id, result, trained)
+        temporary.chmod(run.stat().st_mode)
+        if output.exists():
+            shutil.rmtree(output)
+        temporary.rename(output)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return output
+
+
+def _fill(folder: Path, run: Path, repo_id: str, result: RunResult, trained: TrainedModel) -> None:
+    save_for_hf(
+        trained.model, str(folder), safe_serialization=True, data_config=trained.data_config,
+        model_config=dict(label_names=list(trained.class_names)) if trained.class_names else None)
+    config = json.loads((folder / 'config.json').read_text(encoding='utf-8'))
+    config[DIGEST_KEY] = sha256_of(folder / WEIGHTS_FILE)
+    (folder / 'config.json').write_text(json.dumps(config, indent=2) + '\n', encoding='utf-8')
+    for name in _RUN_FILES:
+        if (run / name).is_file():
+            shutil.copyfile(run / name, folder / name)
+    args = yaml.safe_load((run / ARGS_FILE).read_text(encoding='utf-8'))
+    recipe = {name: value for name, value in args.items() if name not in _PRIVATE_ARGS}
+    recipe['dataset'] = _dataset_name(args)
+    (folder / 'recipe.yaml').write_text(yaml.safe_dump(recipe), encoding='utf-8')
+    files = {path.name for path in folder.iterdir()}
+    (folder / 'README.md').write_text(_model_card(repo_id, result, trained, files), encoding='utf-8')
+
+
+def _dataset_name(args: Mapping[str, Any]) -> str:
+    """timm's name of a data set without the folders of this machine."""
+    name = args['dataset'].rstrip('/').rpartition('/')[2]
+    return f'hfds/{_HUB_DATASETS[name][0]}' if name in _HUB_DATASETS else name
+
+
+def _model_card(repo_id: str, result: RunResult, trained: TrainedModel, files: Iterable[str]) -> str:
+    licence = trained.model.pretrained_cfg.get('license') or 'apache-2.0'
+    dataset_id, dataset_name = _HUB_DATASETS.get(result.dataset, (result.dataset, result.dataset))
+    shared = dict(
+        task_type='image-classification', dataset_type=dataset_id, dataset_name=dataset_name, dataset_split='test')
+    data = ModelCardData(
+        license=licence,
+        library_name='timm',
+        pipeline_tag='image-classification',
+        tags=['timm', 'image-classification', 'dense2net'],
+        datasets=[dataset_id] if result.dataset in _HUB_DATASETS else None,
+        model_name=repo_id.partition('/')[2],
+        eval_results=[
+            EvalResult(metric_type='accuracy', metric_name=name, metric_value=value, **shared)
+            for name, value in (('Top-1 accuracy (%)', result.top1), ('Top-5 accuracy (%)', result.top5))],
+    )
+    recipe = f'`{result.recipe}`' if result.recipe else 'own'
+    if result.overrides:
+        recipe += f' with `{result.overrides}`'
+    epoch = 'the epoch that was best on held-out images' if result.hold_out else 'the last epoch'
+    size = ' x '.join(str(side) for side in trained.data_config['input_size'])
+    weights = 'EMA of the weights' if result.ema else 'weights'
+    pictures = ''.join(
+        f'\n![{title}]({name})\n' for title, name in (
+            ('Accuracy and loss, training and validation', 'curves.png'), ('Confusion matrix', 'confusion_matrix.png'))
+        if name in files)
+    return f'''---
+{data.to_yaml()}
+---
+# {repo_id.partition('/')[2]}
+
+`{result.model}`, an image classifier for [timm](https://github.com/huggingface/pytorch-image-models), trained on
+{dataset_name} with `timm_dense2net`.
+
+| | |
+| --- | --- |
+| Parameters | {result.params / 1e6:.2f} M |
+| Input | {size} |
+| Classes | {trained.model.num_classes} |
+| Top-1 / top-5 on the test split | {result.top1:.2f} % / {result.top5:.2f} % |
+| Recipe | {recipe} |
+| Trained | {result.epochs_trained} epochs, seed {result.seed}; {weights} of {epoch} |
+| Hardware | {result.hardware}, {result.wall_time / 3600:.2f} h |
+| Libraries | {result.versions} |
+
+## Use
+
+```bash
+pip install timm_dense2net
+```
+
+```python
+import timm
+import torch
+from PIL import Image
+
+import timm_dense2net  # registers the model in timm
+
+model = timm.create_model('hf-hub:{repo_id}', pretrained=True).eval()
+transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model), is_training=False)
+
+image = Image.open('image.png').convert('RGB')
+with torch.inference_mode():
+    probabilities = model(transform(image).unsqueeze(0)).softmax(dim=1)[0]
+names = model.pretrained_cfg.get('label_names') or range(model.num_classes)
+for probability, index in zip(*probabilities.topk(min(5, model.num_classes))):
+    print(f'{{names[index]}}: {{100 * probability:.1f}} %')
+```
+
+## Training
+
+All arguments are in `recipe.yaml` (`train_cifar.py --recipe recipe.yaml` trains it again), the figures of each epoch
+in `summary.csv`.
+{pictures}
+## Licence
+
+Code and weights: {licence}. The training data has terms of its own.
+
+## Citation
+
+```bibtex
+{_CITATION}```
+'''
+
+
+def push_hub_folder(folder: Path, repo_id: str) -> str:
+    """Sends a Hub folder to its repository in one commit, and checks that the Hub holds what was sent.
+
+    Args:
+        folder: Folder written by `write_hub_folder`.
+        repo_id: OWNER/NAME; made if it is not there.
+
+    Returns:
+        Address of the commit.
+
+    Raises:
+        PublishError: If there is no token, the Hub refuses, cannot be reached or holds other weights than those sent.
+    """
+    if get_token() is None:
+        raise PublishError('no token for the Hub: run `hf auth login` or set HF_TOKEN')
+    api = HfApi(library_name='timm_dense2net')
+    try:
+        api.create_repo(repo_id, exist_ok=True)
+        commit = api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message='Add model')
+        held = api.get_paths_info(repo_id, [WEIGHTS_FILE], revision=commit.oid)
+    except HUB_ERRORS as e:
+        raise PublishError(f'{explain_hub_error(e, repo_id)}; {folder} is whole and can be pushed again') from e
+    digest = sha256_of(folder / WEIGHTS_FILE)
+    if not held or held[0].lfs is None or held[0].lfs.sha256 != digest:
+        raise PublishError(
+            f'{repo_id} does not hold the {WEIGHTS_FILE} that was sent (its SHA-256 is not {digest}): push it again')
+    return commit.commit_url
+
+
+def _build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog='python -m timm_dense2net publish', description='Write a finished run as a Hugging Face Hub repository.')
+    parser.add_argument('run', type=Path, metavar='RUN', help='run folder')
+    parser.add_argument('--repo-id', required=True, metavar='OWNER/NAME', help='repository')
+    parser.add_argument('--output', type=Path, metavar='DIR', help='folder to write (RUN/hub)')
+    parser.add_argument('--push', action='store_true', help='send it to the Hub')
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command; returns 0, 1 where the run cannot be published, 2 on a wrong call."""
+    parser = _build_parser()
+    args = parser.parse_args(argv)
+    try:
+        validate_repo_id(args.repo_id)
+    except HFValidationError as e:
+        parser.error(f'--repo-id: {e}')
+    if args.repo_id.count('/') != 1:
+        parser.error(f"--repo-id must be OWNER/NAME, got '{args.repo_id}'")
+    try:
+        folder = write_hub_folder(args.run, args.repo_id, args.output or args.run / 'hub')
+        print(f'{folder}:')
+        for path in sorted(folder.iterdir()):
+            print(f'  {path.stat().st_size:>12,}  {path.name}')
+        print(f'\n{(folder / "README.md").read_text(encoding="utf-8")}')
+        if args.push:
+            print(f'pushed: {push_hub_folder(folder, args.repo_id)}')
+    except (PublishError, OSError) as e:
+        print(f'error: {e}', file=sys.stderr)
+        return 1
+    return 0
