@@ -1,0 +1,429 @@
+"""Publishing a run and loading it back: the Hub folder, the real Hub client against a loopback server, and faults.
+
+The Hub's address, cache and offline mode are read when huggingface_hub is imported, so calls run in worker processes
+of their own, one online and one offline, that share a cache.
+"""
+import io
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import traceback
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+import yaml
+from hub_server import TOKEN, HubServer
+from PIL import Image
+from safetensors.torch import load_file
+from timm.utils import update_summary
+
+import timm_dense2net  # noqa: F401
+from timm_dense2net.checkpoint import save_weights
+from timm_dense2net.classes import CIFAR100_CLASSES
+from timm_dense2net.hub import DIGEST_KEY, sha256_of
+from timm_dense2net.options import build_parser, load_recipe, saved_args
+from timm_dense2net.publish import main, write_hub_folder
+
+MODEL = 'dense2net40_k12_s4'
+REPO = 'owner/net'
+
+
+def make_run(folder, num_classes=100, names=CIFAR100_CLASSES):
+    """A finished run of the small model."""
+    run = folder / 'run'
+    run.mkdir()
+    torch.manual_seed(0)
+    model = timm.create_model(MODEL, num_classes=num_classes)
+    save_weights(run / 'last.safetensors', model.state_dict(), dict(
+        model=MODEL, model_args='{}', num_classes=str(num_classes), input_size='[3, 32, 32]',
+        mean='[0.5, 0.4, 0.3]', std='[0.3, 0.2, 0.1]', class_names=json.dumps(names)))
+    args = saved_args(build_parser().parse_args([])) | dict(
+        model=MODEL, dataset='hfds//home/somebody/cifar100', data_dir='/home/somebody/data', seed=7, lr=0.2)
+    (run / 'args.yaml').write_text(yaml.safe_dump(args))
+    (run / 'result.json').write_text(json.dumps(dict(
+        model=MODEL, recipe='', dataset=args['dataset'], seed=7, params=190_000, epochs=3, ema=False, hold_out=0,
+        tested='last', test_top1=61.25, test_top5=88.5, best_top1=62., best_epoch=2, train_seconds=7200.,
+        images_per_second=1000., world_size=1, hardware='NVIDIA H200', versions=dict(torch='2.15.0'), commit='abc',
+        command=['train_cifar.py', '--data-dir', '/home/somebody/data'])))
+    for epoch in range(3):
+        update_summary(epoch, dict(loss=3., top1=30.), dict(loss=3., top1=31.), run / 'summary.csv', lr=0.1)
+    (run / 'curves.png').write_bytes(b'\x89PNG not looked at here')
+    return run
+
+
+@pytest.fixture
+def run(tmp_path):
+    return make_run(tmp_path)
+
+
+# What the worker processes do: calls of the package, one a line, until the input ends.
+
+def serve_worker():
+    """Runs the functions named on standard input; waits of the client between two tries are cut short."""
+    import time
+    sleep = time.sleep
+    time.sleep = lambda seconds: sleep(min(seconds, 0.02))
+    for line in sys.stdin:
+        request = json.loads(line)
+        os.environ.pop('HF_TOKEN', None)
+        if request['token']:
+            os.environ['HF_TOKEN'] = request['token']
+        out, err = io.StringIO(), io.StringIO()
+        with redirect_stdout(out), redirect_stderr(err):
+            try:
+                value = globals()[f'do_{request["name"]}'](*request['args'])
+            except Exception:
+                value = None
+                traceback.print_exc()
+        print(json.dumps(dict(value=value, out=out.getvalue(), err=err.getvalue())), flush=True)
+
+
+def do_publish(*argv):
+    return main([*argv])
+
+
+def do_load(name):
+    """Loads as the package's commands do; the message where it fails."""
+    from timm_dense2net.trained import load_trained
+    try:
+        trained = load_trained(name)
+    except ValueError as e:
+        return f'ValueError: {e}'
+    return logits_of(trained.model)
+
+
+def do_create(name, overlay=None):
+    return logits_of(timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay).eval())
+
+
+def logits_of(model):
+    with torch.no_grad():
+        return model(torch.linspace(-1, 1, 3 * 32 * 32).reshape(1, 3, 32, 32))[0].tolist()
+
+
+class Worker:
+    def __init__(self, **environment):
+        root = Path(__file__).parents[1]
+        environment |= dict(
+            PYTHONPATH=f'{root}{os.pathsep}{root / "tests"}', HF_HUB_DISABLE_XET='1', HF_HUB_DISABLE_PROGRESS_BARS='1',
+            HF_HUB_DISABLE_TELEMETRY='1', NO_PROXY='127.0.0.1,localhost')
+        self.process = subprocess.Popen(
+            [sys.executable, '-c', 'import test_publish; test_publish.serve_worker()'], stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE, text=True, env={**os.environ, **environment})
+
+    def __call__(self, name, *args, token=TOKEN):
+        print(json.dumps(dict(name=name, args=args, token=token)), file=self.process.stdin, flush=True)
+        answer = json.loads(self.process.stdout.readline())
+        assert 'Traceback' not in answer['err'], answer['err']
+        return answer['value'], answer['out'], answer['err']
+
+    def close(self):
+        self.process.stdin.close()
+        self.process.wait(timeout=30)
+
+
+@pytest.fixture(scope='module')
+def home(tmp_path_factory):
+    return tmp_path_factory.mktemp('hf')
+
+
+@pytest.fixture(scope='module')
+def server():
+    server = HubServer()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture(scope='module')
+def online_worker(server, home):
+    worker = Worker(HF_ENDPOINT=server.url, HF_HOME=str(home))
+    yield worker
+    worker.close()
+
+
+@pytest.fixture(scope='module')
+def offline_worker(server, home):
+    worker = Worker(HF_ENDPOINT=server.url, HF_HOME=str(home), HF_HUB_OFFLINE='1')
+    yield worker
+    worker.close()
+
+
+@pytest.fixture
+def hub(server, home):
+    """The server, empty and without faults, and an empty cache."""
+    server.reset()
+    shutil.rmtree(home / 'hub', ignore_errors=True)
+    return server
+
+
+@pytest.fixture
+def published(hub, run, online_worker):
+    """A run that lies on the Hub; its logits."""
+    code, _, err = online_worker('publish', str(run), '--repo-id', REPO, '--push')
+    assert code == 0, err
+    model = timm.create_model(MODEL)
+    model.load_state_dict(load_file(run / 'last.safetensors'))
+    return logits_of(model.eval())
+
+
+# The folder.
+
+def test_hub_folder_loads_with_timm(run, capsys):
+    assert main([str(run), '--repo-id', REPO]) == 0
+    folder = run / 'hub'
+    out = capsys.readouterr().out
+    assert all(path.name in out for path in folder.iterdir()) and 'timm.create_model' in out
+    assert {path.name for path in folder.iterdir()} == {
+        'README.md', 'config.json', 'model.safetensors', 'recipe.yaml', 'summary.csv', 'curves.png'}
+
+    model = timm.create_model(f'local-dir:{folder}', pretrained=True).eval()
+    expected = load_file(run / 'last.safetensors')
+    assert all(torch.equal(value, expected[name]) for name, value in model.state_dict().items())
+    config = timm.data.resolve_model_data_config(model)
+    assert tuple(config['mean']) == (0.5, 0.4, 0.3) and tuple(config['std']) == (0.3, 0.2, 0.1)
+    assert config['crop_pct'] == 1. and config['input_size'] == (3, 32, 32)
+    assert tuple(model.pretrained_cfg['label_names']) == CIFAR100_CLASSES
+    assert timm.create_model(f'local-dir:{folder}', pretrained=True, num_classes=5).num_classes == 5
+
+
+def test_hub_folder_keeps_another_number_of_classes(tmp_path):
+    run = make_run(tmp_path, num_classes=3, names=['cat', 'dog', 'eel'])
+    folder = write_hub_folder(run, REPO, tmp_path / 'out')
+    model = timm.create_model(f'local-dir:{folder}', pretrained=True)
+    assert model.num_classes == 3 and list(model.pretrained_cfg['label_names']) == ['cat', 'dog', 'eel']
+
+
+def test_model_card_states_figures_licence_and_use(run):
+    card = (write_hub_folder(run, REPO, run / 'hub') / 'README.md').read_text()
+    metadata = yaml.safe_load(card.split('---\n')[1])
+    assert metadata['license'] == 'apache-2.0' and metadata['library_name'] == 'timm'
+    assert metadata['datasets'] == ['uoft-cs/cifar100']
+    result, = metadata['model-index'][0]['results']
+    assert result['dataset'] == dict(name='CIFAR-100', type='uoft-cs/cifar100', split='test')
+    assert {item['name']: item['value'] for item in result['metrics']} == {
+        'Top-1 accuracy (%)': 61.25, 'Top-5 accuracy (%)': 88.5}
+    for text in ('61.25 % / 88.50 %', 'import timm_dense2net', '![', 'curves.png', 'Code and weights: apache-2.0',
+                 '1 x NVIDIA H200, 2.00 h', '@article{gao2019res2net'):
+        assert text in card
+    assert 'confusion_matrix.png' not in card
+
+
+def test_the_cards_code_runs_as_it_stands(run, tmp_path):
+    folder = write_hub_folder(run, REPO, run / 'hub')
+    code = re.search(r'```python\n(.*?)```', (folder / 'README.md').read_text(), re.DOTALL)[1]
+    assert f"'hf-hub:{REPO}'" in code
+    Image.new('RGB', (40, 50), (200, 10, 10)).save(tmp_path / 'image.png')
+    code = code.replace(f'hf-hub:{REPO}', f'local-dir:{folder}')
+    done = subprocess.run(
+        [sys.executable, '-c', code], cwd=tmp_path, capture_output=True, text=True,
+        env={**os.environ, 'PYTHONPATH': str(Path(__file__).parents[1])})
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert len(lines) == 5 and all(line.partition(':')[0] in CIFAR100_CLASSES for line in lines)
+
+
+def test_nothing_of_the_machine_and_no_pickle_is_published(run):
+    folder = write_hub_folder(run, REPO, run / 'hub')
+    for path in folder.iterdir():
+        assert b'somebody' not in path.read_bytes() and path.suffix not in ('.bin', '.pth', '.pt', '.pkl')
+    recipe = load_recipe(str(folder / 'recipe.yaml'))
+    assert recipe['lr'] == 0.2 and recipe['dataset'] == 'hfds/uoft-cs/cifar100' and 'data_dir' not in recipe
+    assert json.loads((folder / 'config.json').read_text())[DIGEST_KEY] == sha256_of(folder / 'model.safetensors')
+
+
+def test_altered_local_weights_are_noticed(run):
+    from timm_dense2net.trained import load_trained
+    folder = write_hub_folder(run, REPO, run / 'hub')
+    assert load_trained(f'local-dir:{folder}').class_names == CIFAR100_CLASSES
+    data = bytearray((folder / 'model.safetensors').read_bytes())
+    data[-1] ^= 1
+    (folder / 'model.safetensors').write_bytes(data)
+    with pytest.raises(ValueError, match='model.safetensors is not what was published'):
+        load_trained(f'local-dir:{folder}')
+
+
+def test_a_hub_folder_is_replaced_and_nothing_else_is(run, tmp_path, capsys):
+    assert main([str(run), '--repo-id', REPO]) == 0
+    (run / 'hub' / 'old').touch()
+    assert main([str(run), '--repo-id', REPO]) == 0
+    assert not (run / 'hub' / 'old').exists()
+    own = tmp_path / 'own'
+    own.mkdir()
+    (own / 'thesis.tex').touch()
+    assert main([str(run), '--repo-id', REPO, '--output', str(own)]) == 1
+    assert f'error: {own} is there and no Hub folder' in capsys.readouterr().err
+    assert [path.name for path in own.iterdir()] == ['thesis.tex']
+
+
+def test_runs_that_cannot_be_published_leave_nothing(run, tmp_path, capsys):
+    for spoil, message in [
+            (lambda: (run / 'last.safetensors').write_bytes(b'torn'), 'not a whole safetensors file'),
+            (lambda: (run / 'last.safetensors').unlink(), 'no weights at'),
+            (lambda: (run / 'result.json').unlink(), 'the run has not finished'),
+            (lambda: shutil.rmtree(run), 'no such folder'),
+    ]:
+        spoil()
+        assert main([str(run), '--repo-id', REPO, '--output', str(tmp_path / 'hub')]) == 1
+        err = capsys.readouterr().err
+        assert err.startswith(f'error: {run}: ') and message in err and err.count('\n') == 1
+        assert not [path for path in tmp_path.iterdir() if 'hub' in path.name]
+
+
+@pytest.mark.parametrize('repo_id, message', [
+    ('net', 'must be OWNER/NAME'), ('a/b/c', 'repo-id'), ('owner/--', 'repo-id'), ('owner/n et', 'repo-id')])
+def test_bad_repository_names_are_refused(run, capsys, repo_id, message):
+    with pytest.raises(SystemExit) as stop:
+        main([str(run), '--repo-id', repo_id])
+    assert stop.value.code == 2 and message in capsys.readouterr().err
+    assert not (run / 'hub').exists()
+
+
+# The Hub.
+
+def test_a_pushed_run_is_loaded_back_by_name_and_by_the_cfgs_id(hub, run, published, online_worker):
+    files = hub.repos[REPO].head[1]
+    assert files == {path.name: path.read_bytes() for path in (run / 'hub').iterdir()}
+    assert online_worker('create', f'hf-hub:{REPO}')[0] == published
+    assert online_worker('load', f'hf-hub:{REPO}')[0] == published
+    # A cfg without our config.json: the architecture's own, its weights found by hf_hub_id.
+    assert online_worker('create', MODEL, dict(hf_hub_id=REPO))[0] == published
+
+
+def test_pushing_again_sends_only_what_changed(hub, run, published, online_worker):
+    uploads = hub.calls('PUT', '/storage/')
+    code, out, err = online_worker('publish', str(run), '--repo-id', REPO, '--push')
+    assert code == 0, err
+    assert f'pushed: {hub.url}/{REPO}/commit/' in out
+    assert hub.calls('PUT', '/storage/') == uploads == 2 and len(hub.repos[REPO].commits) == 1
+
+
+def test_the_server_speaks_all_that_the_client_asks(hub, published, online_worker):
+    online_worker('create', f'hf-hub:{REPO}')
+    assert hub.calls('POST', '/api/repos/create') == 1 and hub.calls('POST', '/preupload/') == 1
+    assert hub.calls('POST', '/objects/batch') == 1 and hub.calls('POST', '/verify/') == 2
+    assert hub.calls('POST', '/commit/') == 1 and hub.calls('HEAD', '/resolve/') >= 2
+
+
+@pytest.mark.parametrize('fault, message', [
+    (('POST', '/create', 'status', 401), 'does not know the token'),
+    (('POST', '/create', 'status', 403), 'the token does not allow this (403)'),
+    (('POST', '/create', 'status', 429), 'refuses more requests for now (429)'),
+    (('POST', '/create', 'status', 500), 'is at fault (500)'),
+    (('POST', '/preupload/', 'status', 404), 'no such repository or revision'),
+    (('POST', '/preupload/', 'status', 429), 'refuses more requests for now (429)'),
+    (('POST', '/objects/batch', 'status', 503), 'is at fault (503)'),
+    (('PUT', '/storage/', 'status', 500), 'is at fault (500)'),
+    (('PUT', '/storage/', 'drop'), 'the connection to'),
+    (('PUT', '/storage/', 'garble'), 'The SHA-256 checksum does not match'),
+    (('POST', '/commit/', 'status', 500), 'is at fault (500)'),
+    (('POST', '/commit/', 'drop'), 'the connection to'),
+    (('POST', '/paths-info/', 'garble'), 'does not hold the model.safetensors that was sent'),
+])
+def test_faults_of_a_push_are_one_message(hub, run, online_worker, fault, message):
+    hub.fail(*fault)
+    code, out, err = online_worker('publish', str(run), '--repo-id', REPO, '--push')
+    errors = [line for line in err.splitlines() if line.startswith('error: ')]
+    assert code == 1 and len(errors) == 1 and message in errors[0] and REPO in errors[0]
+    assert 'pushed' not in out
+    if '/paths-info/' not in fault[1]:
+        assert not hub.repos.get(REPO) or not hub.repos[REPO].commits
+    # The folder is whole: once the fault is gone, it goes through.
+    assert sha256_of(run / 'hub/model.safetensors') == json.loads((run / 'hub/config.json').read_text())[DIGEST_KEY]
+    hub.faults.clear()
+    code, out, err = online_worker('publish', str(run), '--repo-id', REPO, '--push')
+    assert code == 0 and 'pushed: ' in out, err
+
+
+@pytest.mark.parametrize('fault', [
+    ('PUT', '/storage/', 'status', 500, 1), ('PUT', '/storage/', 'drop', None, 1),
+    ('POST', '/preupload/', 'status', 429, 1)])
+def test_passing_faults_of_a_push_are_overcome(hub, run, online_worker, fault):
+    hub.fail(*fault)
+    code, out, err = online_worker('publish', str(run), '--repo-id', REPO, '--push')
+    assert code == 0 and 'pushed: ' in out, err
+
+
+def test_a_push_without_or_with_a_wrong_token_sends_nothing(hub, run, online_worker):
+    code, _, err = online_worker('publish', str(run), '--repo-id', REPO, '--push', token=None)
+    assert code == 1 and 'error: no token for the Hub: run `hf auth login` or set HF_TOKEN' in err
+    assert not hub.log
+    code, _, err = online_worker('publish', str(run), '--repo-id', REPO, '--push', token='hf_stranger')
+    assert code == 1 and 'does not know the token' in err and not hub.repos
+
+
+def test_a_push_in_offline_mode_says_so(hub, run, offline_worker):
+    code, _, err = offline_worker('publish', str(run), '--repo-id', REPO, '--push')
+    assert code == 1 and 'offline mode is on (HF_HUB_OFFLINE)' in err and not hub.log
+
+
+def test_a_repository_that_is_not_there_or_private_is_named(hub, published, online_worker):
+    assert 'no such repository or revision' in online_worker('load', 'hf-hub:owner/none')[0]
+    assert '(401)' in online_worker('load', 'hf-hub:owner/none', token=None)[0]
+    assert '(404)' in online_worker('load', f'hf-hub:{REPO}@v9')[0]
+    hub.repos[REPO].private = True
+    assert '(401)' in online_worker('load', f'hf-hub:{REPO}', token=None)[0]
+    assert online_worker('load', f'hf-hub:{REPO}')[0] == published
+
+
+def test_a_repository_without_weights_is_named(hub, published, online_worker):
+    del hub.repos[REPO].head[1]['model.safetensors']
+    assert 'no such file' in online_worker('load', f'hf-hub:{REPO}')[0]
+
+
+def cached_blobs(home):
+    return [path for path in (home / 'hub').rglob('*') if path.is_file() and path.parent.name == 'blobs']
+
+
+def test_a_download_that_is_cut_goes_on_where_it_was(hub, published, online_worker):
+    hub.fail('GET', '/cdn/', 'cut', 100_000, times=1)
+    assert online_worker('load', f'hf-hub:{REPO}')[0] == published
+    assert hub.calls('GET', '/cdn/') == 2
+
+
+def test_a_download_that_stays_cut_leaves_nothing_that_passes_for_good(hub, home, published, online_worker):
+    hub.fail('GET', '/cdn/', 'cut', 100_000, times=1)
+    hub.fail('GET', '/cdn/', 'drop')
+    message = online_worker('load', f'hf-hub:{REPO}')[0]
+    assert message.startswith('ValueError: ') and f'the connection to {hub.url} failed' in message
+    weights = hub.repos[REPO].head[1]['model.safetensors']
+    assert all(blob.stat().st_size < len(weights) for blob in cached_blobs(home))
+    hub.faults.clear()
+    assert online_worker('load', f'hf-hub:{REPO}')[0] == published
+
+
+def test_weights_with_a_wrong_checksum_are_refused_and_fetched_anew(hub, published, online_worker):
+    hub.fail('GET', '/cdn/', 'garble', times=1)
+    message = online_worker('load', f'hf-hub:{REPO}')[0]
+    assert 'model.safetensors is not what was published' in message and 'the cached copy was deleted' in message
+    assert online_worker('load', f'hf-hub:{REPO}')[0] == published
+
+
+@pytest.mark.parametrize('action, value, message', [
+    ('status', 429, '(429)'), ('status', 500, 'is at fault (500)'), ('status', 503, 'is at fault (503)'),
+    ('drop', None, 'the connection to')])
+def test_a_hub_that_fails_is_named_and_what_is_cached_still_loads(
+        hub, home, published, online_worker, action, value, message):
+    hub.fail('HEAD', '/resolve/', action, value)
+    assert message in online_worker('load', f'hf-hub:{REPO}')[0]
+    assert not cached_blobs(home)
+    hub.faults.clear()
+    assert online_worker('load', f'hf-hub:{REPO}')[0] == published
+    if action == 'status':
+        hub.fail('HEAD', '/resolve/', action, value)
+        assert online_worker('load', f'hf-hub:{REPO}')[0] == published
+
+
+def test_offline_mode_uses_the_cache_and_says_where_there_is_none(hub, published, online_worker, offline_worker):
+    message = offline_worker('load', f'hf-hub:{REPO}')[0]
+    assert f'{REPO} is not in the cache and offline mode is on (HF_HUB_OFFLINE)' in message
+    online_worker('load', f'hf-hub:{REPO}')
+    hub.log.clear()
+    assert offline_worker('load', f'hf-hub:{REPO}')[0] == published
+    assert not hub.log
