@@ -2,7 +2,7 @@
 """Trains a timm model on CIFAR-100, CIFAR-10, digits or any timm data set that fits in memory.
 
     python train_cifar.py --recipe deck_dense2net --data-dir data --dataset-download
-    python train_cifar.py --recipe nano                                nothing to download, minutes on a CPU
+    python train_cifar.py --recipe nano                                nothing to download, a minute on a CPU
     torchrun --nproc-per-node 4 train_cifar.py --recipe strong -b 32   one machine, four devices
     python train_cifar.py --resume output/RUN                          go on where a run ended
     python train_cifar.py --eval-only --checkpoint output/RUN          test a run's last weights
@@ -17,11 +17,12 @@ import sys
 import torch
 from timm.utils import random_seed, setup_default_logging
 
-from timm_dense2net.build import build_data, build_loader, build_model, load_evaluated, weights_metadata
+from timm_dense2net.build import build_data, build_loader, build_model, build_trained, weights_metadata
 from timm_dense2net.distributed import Processes, start_processes
-from timm_dense2net.engine import Interrupted, Trainer, TrainingError, evaluate
+from timm_dense2net.engine import autocast_factory, evaluate
 from timm_dense2net.options import parse_args
 from timm_dense2net.runs import RunFolder, read_resumed_state, write_run_results
+from timm_dense2net.trainer import Interrupted, Trainer, TrainingError
 
 _logger = logging.getLogger('train')
 
@@ -29,35 +30,41 @@ _logger = logging.getLogger('train')
 def train(args: argparse.Namespace, processes: Processes) -> None:
     """Trains a run, or goes on with it, and writes its results."""
     state = read_resumed_state(args, processes)
-    folder = RunFolder(args) if processes.primary else None
+    folder = None
+    if processes.primary:
+        folder = RunFolder(args, start_epoch=state['position']['epoch'] if state else 0)
     data = build_data(args)
-    # The same first weights in every process, then each its own random numbers, as in timm's train.py.
+    # The same first weights in every process, then each its own random numbers.
     random_seed(args.seed)
-    model = build_model(args, data.train).to(
-        processes.device, memory_format=torch.channels_last if args.channels_last else torch.preserve_format)
+    model = build_model(args, data.train).to(processes.device)
+    model = model.to(memory_format=torch.channels_last) if args.channels_last else model
     random_seed(args.seed, processes.rank)
     trainer = Trainer(
         args, model, build_loader(args, data.train, data, processes, train=True),
         build_loader(args, data.validation, data, processes), folder, weights_metadata(args, data), processes)
     if state is not None:
         trainer.load_state_dict(state)
-        _logger.info(f'going on at epoch {trainer.epoch + 1}, batch {trainer.batches_done + 1}')
+        _logger.info(f'Going on after {trainer.epoch} epochs and {trainer.batches_done} batches.')
     trainer.fit()
     if folder is not None:
-        write_run_results(args, data, trainer)
+        result = write_run_results(args, data, trainer)
+        _logger.info(
+            f'{folder.path}: test top-1 {result["test_top1"]:.2f}, top-5 {result["test_top5"]:.2f} ({result["tested"]}'
+            f' weights); best validation top-1 {result["best_top1"]:.2f}, epoch {result["best_epoch"] + 1}')
 
 
 def evaluate_only(args: argparse.Namespace, processes: Processes) -> None:
     """Prints the test figures of `--checkpoint` or `--pretrained`."""
-    model, data = load_evaluated(args)
+    model, data = build_trained(args)
+    loader = build_loader(args, data.test, data, processes)
     metrics = evaluate(
-        model.to(processes.device), build_loader(args, data.test, data, processes).epoch(0), processes=processes)
+        model.to(processes.device), loader.epoch(0), autocast_factory(args, processes.device), processes.sum)
     if processes.primary:
-        print(f'top-1 {metrics["top1"]:.2f} top-5 {metrics["top5"]:.2f} loss {metrics["loss"]:.4f}')
+        print(f'test top-1 {metrics["top1"]:.2f}, top-5 {metrics["top5"]:.2f}, loss {metrics["loss"]:.4f}')
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the job; returns the exit code: 0, 1 (fault), 2 (bad arguments) or 128 + signal."""
+    """Runs the job; returns the exit code: 0, 1 (fault), 2 (bad arguments) or 128 + a signal's number."""
     setup_default_logging()
     try:
         args = parse_args(argv)
@@ -65,12 +72,13 @@ def main(argv: list[str] | None = None) -> int:
         print(f'error: {e}', file=sys.stderr)
         return 2
     try:
-        processes = start_processes(args.device)
-        (evaluate_only if args.eval_only else train)(args, processes)
+        with start_processes(args.device) as processes:
+            (evaluate_only if args.eval_only else train)(args, processes)
     except Interrupted as e:
-        print(f'{e}: the state is saved, --resume {args.output}/{args.experiment} goes on from it', file=sys.stderr)
+        print(f'{e}: the state is saved, go on with --resume {args.output}/{args.experiment}', file=sys.stderr)
         return 128 + e.signum
     except KeyboardInterrupt:
+        print('interrupted', file=sys.stderr)
         return 128 + signal.SIGINT
     except (ValueError, OSError, TrainingError) as e:
         print(f'error: {e}', file=sys.stderr)

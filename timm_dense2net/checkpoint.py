@@ -116,7 +116,11 @@ def read_state_bytes(path: str | os.PathLike[str]) -> bytes | None:
     return None
 
 
-def save_weights(path: str | os.PathLike[str], state_dict: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
+def save_weights(
+        path: str | os.PathLike[str],
+        state_dict: Mapping[str, torch.Tensor],
+        metadata: Mapping[str, str],
+) -> None:
     """Writes a model's state dict, under timm's names, with text metadata, in one step.
 
     Raises:

@@ -34,6 +34,13 @@ class Processes:
         """Whether there is more than one process."""
         return self.world_size > 1
 
+    def __enter__(self) -> Processes:
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self.distributed:
+            dist.destroy_process_group()
+
     def broadcast(self, value: Any) -> Any:
         """Process 0's value, on every process."""
         if not self.distributed:

@@ -8,21 +8,28 @@ from __future__ import annotations
 import argparse
 import difflib
 import importlib.util
-import os
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from timm.utils import ParseKwargs
+from timm.utils.distributed import is_distributed_env
 
 __all__ = ['build_parser', 'parse_args', 'check_args', 'list_recipes', 'load_recipe', 'ARGS_FILE']
 
 ARGS_FILE = 'args.yaml'
 
 # Set for one invocation and no part of what a run is.
-_NOT_SAVED = ('resume', 'eval_only', 'checkpoint', 'recipe_list')
+_NOT_SAVED = ('resume', 'eval_only', 'checkpoint')
+
+# What a resumed run may change: where things are, how often the host looks, how fast it goes, how long it lasts.
+_MAY_CHANGE = frozenset((
+    'output', 'experiment', 'recipe', 'device', 'log_interval', 'checkpoint_interval', 'log_wandb', 'log_tensorboard',
+    'dataset_download', 'data_dir', 'batch_size', 'validation_batch_size', 'grad_accum_steps', 'epochs',
+    'early_stop_patience', 'channels_last', 'torchcompile', 'dist_bn', 'sync_bn'))
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -42,14 +49,16 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument('--checkpoint', metavar='PATH', help='run folder or weights to evaluate with --eval-only')
     group.add_argument('--seed', type=int, default=42, metavar='N')
     group.add_argument('--device', default=None, help='cpu, cuda, ... (cuda where there is one)')
-    group.add_argument('--log-interval', type=int, default=50, metavar='N', help='batches between host reads of the loss')
-    group.add_argument('--checkpoint-interval', type=int, default=0, metavar='N', help='also save every N updates')
+    group.add_argument('--log-interval', type=int, default=50, metavar='N', help=(
+        'batches between readings of the loss, which wait for the device (%(default)s)'))
+    group.add_argument('--checkpoint-interval', type=int, default=0, metavar='N', help=(
+        'save the training state every N updates too, 0: after each epoch only'))
     group.add_argument('--log-wandb', action=flag, default=False, help='log to Weights & Biases')
     group.add_argument('--log-tensorboard', action=flag, default=False, help='log to TensorBoard')
 
     group = parser.add_argument_group('Data')
-    group.add_argument(
-        '--dataset', '-d', default='torch/cifar100', metavar='NAME', help="timm data set spec, or 'digits' (%(default)s)")
+    group.add_argument('-d', '--dataset', default='torch/cifar100', metavar='NAME', help=(
+        "timm data set spec, or 'digits' (%(default)s)"))
     group.add_argument('--data-dir', metavar='DIR', help='root folder of the data set')
     group.add_argument('--dataset-download', action=flag, default=False, help='download where supported')
     group.add_argument('--input-key', metavar='NAME', help='image column of a Hugging Face data set')
@@ -58,7 +67,6 @@ def build_parser() -> argparse.ArgumentParser:
         'choose on N training images; the test split is touched once, at the end'))
     group.add_argument('-b', '--batch-size', type=int, default=128, metavar='N', help='a process (%(default)s)')
     group.add_argument('-vb', '--validation-batch-size', type=int, metavar='N')
-    group.add_argument('-j', '--workers', type=int, default=2, metavar='N', help='loader processes where data is read from disk')
     group.add_argument('--img-size', type=int, metavar='N', help="side of the images (the data set's own)")
     group.add_argument('--mean', type=float, nargs='+', metavar='MEAN', help='override the mean, pixels in 0..1')
     group.add_argument('--std', type=float, nargs='+', metavar='STD', help='override the standard deviation')
@@ -92,7 +100,8 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument('--warmup-epochs', type=int, default=0, metavar='N')
     group.add_argument('--warmup-lr', type=float, default=1e-5, metavar='LR')
     group.add_argument('--min-lr', type=float, default=0., metavar='LR')
-    group.add_argument('--patience-epochs', type=int, default=10, metavar='N', help='plateau: epochs without improvement')
+    group.add_argument('--patience-epochs', type=int, default=10, metavar='N', help=(
+        'plateau: epochs without a lower validation loss before the rate decays (%(default)s)'))
     group.add_argument('--decay-rate', type=float, default=0.1, metavar='RATE', help='factor of plateau, step, ...')
     group.add_argument('--decay-epochs', type=float, default=90, metavar='N', help='step: epochs between decays')
     group.add_argument('--decay-milestones', type=int, nargs='+', default=[90, 180, 270], metavar='N')
@@ -111,7 +120,8 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument('--cutmix', type=float, default=0., metavar='ALPHA')
     group.add_argument('--mixup-prob', type=float, default=1., metavar='P')
     group.add_argument('--mixup-switch-prob', type=float, default=0.5, metavar='P')
-    group.add_argument('--mixup-off-epoch', type=int, default=0, metavar='N', help='no mixup or cutmix from here, 0: never off')
+    group.add_argument('--mixup-off-epoch', type=int, default=0, metavar='N', help=(
+        'first epoch without mixup and cutmix, 0: never off'))
     group.add_argument('--smoothing', type=float, default=0., metavar='E', help='label smoothing')
 
     group = parser.add_argument_group('Speed and machines')
@@ -229,15 +239,25 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         values = _parse_yaml(saved.read_text(encoding='utf-8'), str(saved))
         recipe = values.pop('recipe', None)
         if early.recipe and early.recipe != recipe:
-            raise ValueError(f'{saved.parent} was trained with recipe {recipe}: it cannot be resumed with {early.recipe}')
+            raise ValueError(f'{saved.parent} was started with recipe {recipe}, it cannot go on with {early.recipe}')
         parser.set_defaults(**_check_values(values, parser, str(saved)), recipe=recipe)
     elif early.recipe:
         parser.set_defaults(**load_recipe(early.recipe, parser))
     args = parser.parse_args(argv)
     if saved:
         args.output, args.experiment = str(saved.parent.parent), saved.parent.name
+        _check_unchanged(args, parser, saved)
     check_args(args)
     return args
+
+
+def _check_unchanged(args: argparse.Namespace, parser: argparse.ArgumentParser, saved: Path) -> None:
+    for name in vars(args).keys() - _MAY_CHANGE - set(_NOT_SAVED):
+        before, now = parser.get_default(name), getattr(args, name)
+        if before != now:
+            raise ValueError(
+                f'{saved.parent} was started with {name} {before}, it cannot go on with {now}: begin a new run, if need'
+                f' be with --initial-checkpoint {saved.parent}/last.safetensors')
 
 
 def _early_parser() -> argparse.ArgumentParser:
@@ -276,16 +296,18 @@ def check_args(args: argparse.Namespace) -> None:
         ValueError: Naming the value, or the two options that cannot go together.
     """
     for name, least in (
-            ('epochs', 1), ('batch_size', 1), ('validation_batch_size', 1), ('grad_accum_steps', 1), ('log_interval', 1),
-            ('checkpoint_interval', 0), ('hold_out', 0), ('early_stop_patience', 0), ('patience_epochs', 0),
-            ('warmup_epochs', 0), ('workers', 0), ('num_classes', 1), ('lr', 0), ('weight_decay', 0)):
+            ('epochs', 1), ('batch_size', 1), ('validation_batch_size', 1), ('grad_accum_steps', 1),
+            ('log_interval', 1), ('checkpoint_interval', 0), ('hold_out', 0), ('early_stop_patience', 0),
+            ('patience_epochs', 0), ('warmup_epochs', 0), ('num_classes', 1), ('lr', 0), ('weight_decay', 0),
+            ('seed', 0)):
         value = getattr(args, name)
         if value is not None and value < least:
             raise ValueError(f'--{name.replace("_", "-")} must be at least {least}, got {value}')
     if not 0 <= args.smoothing < 1:
         raise ValueError(f'--smoothing must be in [0, 1), got {args.smoothing}')
     if args.sched == 'plateau' and (args.warmup_epochs or args.sched_on_updates):
-        raise ValueError('--sched plateau steps once an epoch without warm-up: drop --warmup-epochs and --sched-on-updates')
+        raise ValueError(
+            '--sched plateau steps once an epoch and has no warm-up: leave out --warmup-epochs and --sched-on-updates')
     if args.warmup_epochs >= args.epochs and args.sched != 'none':
         raise ValueError(f'--warmup-epochs {args.warmup_epochs} leaves nothing of --epochs {args.epochs}')
     if args.eval_only:
@@ -294,11 +316,13 @@ def check_args(args: argparse.Namespace) -> None:
         if bool(args.checkpoint) == bool(args.pretrained):
             raise ValueError('--eval-only needs either --checkpoint PATH or --pretrained')
     elif args.checkpoint:
-        raise ValueError('--checkpoint names weights to evaluate: add --eval-only, or use --initial-checkpoint to train')
+        raise ValueError('--checkpoint names weights to evaluate: add --eval-only, or train on --initial-checkpoint')
     if args.pretrained and args.initial_checkpoint:
         raise ValueError('--pretrained and --initial-checkpoint both set the first weights: give one')
     for option, package in (('log_wandb', 'wandb'), ('log_tensorboard', 'tensorboard')):
         if getattr(args, option) and importlib.util.find_spec(package) is None:
             raise ValueError(f'--{option.replace("_", "-")}: {package} is not installed')
-    if int(os.environ.get('WORLD_SIZE', 1)) == 1 and args.sync_bn:
+    if args.sync_bn and not is_distributed_env():
         raise ValueError('--sync-bn shares batch statistics between processes: start them with torchrun')
+    if args.sync_bn and (args.device == 'cpu' or not torch.cuda.is_available()):
+        raise ValueError('--sync-bn works between GPUs only; --dist-bn shares the running statistics on a CPU')

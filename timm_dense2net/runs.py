@@ -1,17 +1,18 @@
-"""A run's folder: its name, its arguments, one row an epoch, and its results.
+"""A run's folder.
 
     args.yaml               all arguments as resolved
     summary.csv             one row an epoch, by timm.utils.update_summary; curves.png is drawn from it
     last.safetensors        weights after the last epoch, of the EMA where there is one
     best.safetensors        weights of the epoch with the best validation top-1
     checkpoint.safetensors  the whole training state; checkpoint-prev.safetensors is the one before
-    result.json             figures of the finished run; per-class tables and the confusion matrix beside it
+    result.json             figures of the finished run; report.json, tables and pictures of the test beside it
 """
 from __future__ import annotations
 
 import argparse
 import json
 import shutil
+from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -20,28 +21,25 @@ import yaml
 from timm.models import safe_model_name
 from timm.utils import trim_summary, update_summary
 
-from .build import RunData, build_loader, environment
+from .build import RunData, build_loader, count_macs, environment
 from .checkpoint import CHECKPOINT_FILE, PREVIOUS_FILE, load_state, load_weights, read_state_bytes
 from .distributed import Processes
-from .engine import Trainer, predict
+from .engine import predict
 from .options import ARGS_FILE, saved_args
 from .results import replace_file, update_curves, write_final_report
+from .trainer import Trainer
 
 __all__ = ['RunFolder', 'read_resumed_state', 'write_run_results']
 
 
-def _default_experiment(args: argparse.Namespace) -> str:
-    """Date, model and recipe (or image size), as timm's train.py names a run."""
-    return '-'.join((datetime.now().strftime('%Y%m%d-%H%M%S'), safe_model_name(args.model), args.recipe or 'custom'))
-
-
 def read_resumed_state(args: argparse.Namespace, processes: Processes) -> dict[str, Any] | None:
-    """Names the run and reads the state it goes on from, on process 0 for all of them.
+    """Settles the run's name and reads the state it goes on from, on process 0 for all of them.
 
     Returns:
         The state, or None where the run begins.
 
     Raises:
+        FileNotFoundError: If there is nothing at `--resume`.
         ValueError: If a run that is not resumed is already there, or no whole state is.
     """
     data = None
@@ -49,13 +47,27 @@ def read_resumed_state(args: argparse.Namespace, processes: Processes) -> dict[s
         args.experiment = args.experiment or _default_experiment(args)
         path = Path(args.output, args.experiment)
         if args.resume:
-            data = read_state_bytes(path if args.resume == 'auto' or Path(args.resume).is_dir() else args.resume)
-            if data is None and args.resume != 'auto':
-                raise ValueError(f'{path} holds no {CHECKPOINT_FILE} to go on from')
+            data = _read_state(args.resume, path)
         elif any((path / name).exists() for name in (CHECKPOINT_FILE, PREVIOUS_FILE)):
-            raise ValueError(f'{path} already holds a run: continue it with --resume {path}, or name another --experiment')
+            raise ValueError(
+                f'{path} already holds a run: go on with it by --resume {path}, or name another --experiment')
     args.experiment, data = processes.broadcast((args.experiment, data))
     return None if data is None else load_state(data)
+
+
+def _default_experiment(args: argparse.Namespace) -> str:
+    """Date, model and recipe; timm's train.py has date, model and image size."""
+    stamp = datetime.now().strftime('%Y%m%d-%H%M%S')
+    return '-'.join((stamp, safe_model_name(args.model), Path(args.recipe or 'custom').stem))
+
+
+def _read_state(resume: str, path: Path) -> bytes | None:
+    if resume == 'auto':
+        return read_state_bytes(path) if path.is_dir() else None
+    data = read_state_bytes(path if Path(resume).is_dir() else resume)
+    if data is None:
+        raise ValueError(f'{path} holds no {CHECKPOINT_FILE} to go on from')
+    return data
 
 
 class RunFolder:
@@ -63,29 +75,49 @@ class RunFolder:
 
     Args:
         args: Arguments of the run; `output` and `experiment` name the folder.
+        start_epoch: Epoch that the run begins with or goes on from.
 
     Raises:
         OSError: If the folder cannot be written.
     """
 
-    def __init__(self, args: argparse.Namespace):
+    def __init__(self, args: argparse.Namespace, start_epoch: int = 0):
         self.path = Path(args.output, args.experiment)
-        self.log_wandb = args.log_wandb
         self.path.mkdir(parents=True, exist_ok=True)
+        self._remove_leftovers()
         with replace_file(self.path / ARGS_FILE) as temporary:
             temporary.write_text(yaml.safe_dump(saved_args(args), sort_keys=False), encoding='utf-8')
+        self._log_wandb = args.log_wandb
+        if args.log_wandb:
+            import wandb
+            wandb.init(
+                project='timm_dense2net', name=args.experiment, id=args.experiment, resume='allow',
+                config=saved_args(args), dir=str(self.path))
+        self._tensorboard = None
+        if args.log_tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+            self._tensorboard = SummaryWriter(str(self.path / 'tensorboard'), purge_step=start_epoch)
 
-    def start_at(self, epoch: int) -> None:
-        """Drops the rows of epochs that are trained again."""
-        self._edit_summary(lambda path: trim_summary(path, epoch))
+    def _remove_leftovers(self) -> None:
+        """Removes temporary files of a process that was killed while it wrote."""
+        for path in self.path.glob('.*'):
+            if path.is_file() and not path.name.startswith('.nfs'):
+                path.unlink()
 
     def add_epoch(self, epoch: int, train: dict[str, float], evaluation: dict[str, float], lr: float) -> None:
-        """Adds an epoch's row and draws the curves."""
-        self.start_at(epoch)
-        self._edit_summary(lambda path: update_summary(epoch, train, evaluation, path, lr=lr, log_wandb=self.log_wandb))
+        """Adds an epoch's row, in place of what an earlier process wrote of it and later ones, and draws the curves."""
+        self._edit_summary(lambda path: trim_summary(path, epoch))
+        self._edit_summary(
+            lambda path: update_summary(epoch, train, evaluation, path, lr=lr, log_wandb=self._log_wandb))
         update_curves(self.path)
+        if self._tensorboard is not None:
+            for prefix, metrics in (('train', train), ('eval', evaluation)):
+                for name, value in metrics.items():
+                    self._tensorboard.add_scalar(f'{prefix}/{name}', value, epoch)
+            self._tensorboard.add_scalar('lr', lr, epoch)
+            self._tensorboard.flush()
 
-    def _edit_summary(self, edit) -> None:
+    def _edit_summary(self, edit: Callable[[str], None]) -> None:
         """Edits a copy and puts it in place, so that a crash leaves the old rows or the new ones."""
         path = self.path / 'summary.csv'
         with replace_file(path) as temporary:
@@ -95,26 +127,30 @@ class RunFolder:
 
 
 def write_run_results(args: argparse.Namespace, data: RunData, trainer: Trainer) -> dict[str, Any]:
-    """Tests the finished run, the last weights or with `--hold-out` the chosen ones, and writes `result.json`.
+    """Tests the finished run, its last weights or with `--hold-out` the chosen ones, and writes `result.json`.
 
-    The full figures of the tested weights go to `report.json` and the tables and pictures beside it.
+    The figures of the test in full go to `report.json` and the tables and pictures beside it.
 
     Returns:
-        What `result.json` holds.
+        What `result.json` holds; accuracies in percent, times in seconds.
     """
-    folder = trainer.folder.path
+    folder = trainer.path
     tested = 'best' if args.hold_out else 'last'
-    trainer.model_to_keep.load_state_dict(load_weights(folder / f'{tested}.safetensors')[0])
-    test_loader = build_loader(args, data.test, data, Processes(trainer.device))
-    logits, targets = predict(trainer.model_to_keep, test_loader.epoch(0), trainer.autocast)
+    model = trainer.model_to_keep
+    model.load_state_dict(load_weights(folder / f'{tested}.safetensors')[0])
+    loader = build_loader(args, data.test, data, Processes(trainer.device))
+    logits, targets = predict(model, loader.epoch(0), trainer.autocast)
     figures = write_final_report(folder, logits, targets, data.test.class_names)
+    world_size, train_seconds = trainer.processes.world_size, trainer.seconds['train']
+    images = trainer.epoch * len(trainer.train_loader) * args.batch_size * world_size
     result = dict(
         model=args.model,
         model_kwargs=args.model_kwargs,
         recipe=args.recipe,
         dataset=args.dataset,
         seed=args.seed,
-        params=sum(parameter.numel() for parameter in trainer.model.parameters()),
+        params=sum(parameter.numel() for parameter in model.parameters()),
+        macs=count_macs(model, data.test.images.shape[1:]),
         epochs=trainer.epoch,
         updates=trainer.updates,
         ema=args.model_ema,
@@ -125,10 +161,10 @@ def write_run_results(args: argparse.Namespace, data: RunData, trainer: Trainer)
         last_top1=trainer.last['top1'],
         best_top1=trainer.best['top1'],
         best_epoch=trainer.best['epoch'],
-        train_seconds=trainer.seconds,
-        images_per_second=trainer.updates * args.grad_accum_steps * args.batch_size * trainer.processes.world_size / trainer.seconds,
+        train_seconds=trainer.seconds['total'],
+        images_per_second=images / train_seconds,
         batch_size=args.batch_size,
-        world_size=trainer.processes.world_size,
+        world_size=world_size,
         **environment(trainer.device),
     )
     with replace_file(folder / 'result.json') as temporary:

@@ -1,0 +1,418 @@
+"""A training run: its loop, its position and all of its state.
+
+The position is an epoch and a number of its batches. The data's randomness follows from the seed and the position, all
+else is in `Trainer.state_dict`, so a run that ends anywhere goes on as if it had not ended.
+"""
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import math
+import signal
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn as nn
+from timm.optim import create_optimizer_v2, optimizer_kwargs
+from timm.scheduler import create_scheduler_v2, scheduler_kwargs
+from timm.utils import ModelEmaV3, NativeScaler, distribute_bn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+from tqdm import tqdm
+
+from .checkpoint import save_state, save_weights
+from .data import BatchLoader
+from .distributed import Processes
+from .engine import TrainLoss, TrainStep, autocast_factory, evaluate
+from .rng import rng_state, set_rng_state
+
+if TYPE_CHECKING:
+    from .runs import RunFolder
+
+__all__ = ['Interrupted', 'StopSignal', 'Trainer', 'TrainingError']
+
+_logger = logging.getLogger(__name__)
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on; the message says why and what is kept."""
+
+
+class Interrupted(Exception):
+    """A signal asked the run to end.
+
+    Args:
+        signum: The signal's number; by custom the process then exits with 128 + signum.
+    """
+
+    def __init__(self, signum: int):
+        super().__init__(signal.Signals(signum).name)
+        self.signum = signum
+
+
+class StopSignal:
+    """Notes SIGTERM and SIGINT so that the loop can end between two steps. A second SIGINT acts at once."""
+
+    def __init__(self):
+        self.signum = 0
+        self._previous = {}
+
+    def __enter__(self) -> StopSignal:
+        for signum in (signal.SIGTERM, signal.SIGINT):
+            self._previous[signum] = signal.signal(signum, self._note)
+        return self
+
+    def __exit__(self, *_) -> None:
+        for signum, handler in self._previous.items():
+            signal.signal(signum, handler)
+
+    def _note(self, signum: int, _frame) -> None:
+        self.signum = signum
+        if signum == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+class Trainer:
+    """A training run.
+
+    Args:
+        args: Arguments as `options.parse_args` gives them.
+        model: The bare model, on its device.
+        train_loader: Batches of the training images.
+        eval_loader: Batches of the images that validate.
+        folder: Where the run is written; None on processes that write nothing.
+        weights_metadata: Metadata of the weights' files.
+        processes: The processes that train together.
+    """
+
+    def __init__(
+            self,
+            args: argparse.Namespace,
+            model: nn.Module,
+            train_loader: BatchLoader,
+            eval_loader: BatchLoader,
+            folder: RunFolder | None,
+            weights_metadata: dict[str, str],
+            processes: Processes,
+    ):
+        self.args = args
+        self.model = model
+        self.train_loader, self.eval_loader = train_loader, eval_loader
+        self.folder = folder
+        self.weights_metadata = weights_metadata
+        self.processes = processes
+        self.device = processes.device
+        self._build()
+
+        self.epoch = 0
+        self.batches_done = 0
+        self.updates = 0
+        # Mean loss and number of right answers of each batch of the epoch.
+        self.figures = torch.zeros(2, len(train_loader), device=self.device)
+        self.last: dict[str, float] = {}
+        self.best: dict[str, float] = {}
+        self.epochs_without_gain = 0
+        self.seconds = dict(total=0., train=0., epoch=0., epoch_train=0.)
+        self._clock = time.perf_counter()
+        self._stop = StopSignal()
+
+    def _build(self) -> None:
+        args, model = self.args, self.model
+        self.autocast = autocast_factory(args, self.device)
+        self.scaler = NativeScaler(self.device.type) if args.amp and args.amp_dtype == 'float16' else None
+        self.optimizer = create_optimizer_v2(model, **optimizer_kwargs(args), filter_bias_and_bn=False)
+        self.scheduler, self.epochs = self._build_scheduler()
+        # Made before the model is wrapped, as in timm's train.py.
+        self.ema = ModelEmaV3(
+            model, decay=args.model_ema_decay, use_warmup=args.model_ema_warmup) if args.model_ema else None
+        self.eval_model = self._compile(self.model_to_keep)
+        self.step = TrainStep(
+            self._compile(self._distribute(model)), TrainLoss(args.smoothing), self.optimizer, self.autocast,
+            self.scaler, args.clip_grad, args.clip_mode)
+
+    def _build_scheduler(self) -> tuple[Any, int]:
+        """A scheduler and the number of epochs it makes."""
+        args = self.args
+        if args.sched != 'plateau':
+            updates_per_epoch = math.ceil(len(self.train_loader) / args.grad_accum_steps)
+            return create_scheduler_v2(self.optimizer, **scheduler_kwargs(args), updates_per_epoch=updates_per_epoch)
+        # timm's schedulers apply layer-wise decay themselves; torch's, whose state can be saved, knows nothing of it.
+        for group in self.optimizer.param_groups:
+            group['lr'] *= group.get('lr_scale', 1.)
+        return ReduceLROnPlateau(
+            self.optimizer, factor=args.decay_rate, patience=args.patience_epochs, min_lr=args.min_lr), args.epochs
+
+    def _distribute(self, model: nn.Module) -> nn.Module:
+        if not self.processes.distributed:
+            return model
+        return DistributedDataParallel(model, device_ids=None if self.device.type == 'cpu' else [self.device])
+
+    def _compile(self, model: nn.Module) -> nn.Module:
+        return torch.compile(model, backend=self.args.torchcompile) if self.args.torchcompile else model
+
+    @property
+    def model_to_keep(self) -> nn.Module:
+        """The bare model that is evaluated and kept: the EMA where there is one, as in timm's train.py."""
+        return self.model if self.ema is None else self.ema.module
+
+    @property
+    def lr(self) -> float:
+        """Mean learning rate of the parameter groups."""
+        return sum(group['lr'] for group in self.optimizer.param_groups) / len(self.optimizer.param_groups)
+
+    @property
+    def finished(self) -> bool:
+        """Whether all epochs are trained or the run was stopped early."""
+        patience = self.args.early_stop_patience
+        return self.epoch >= self.epochs or bool(patience and self.epochs_without_gain >= patience)
+
+    @property
+    def path(self) -> Path:
+        """The run's folder."""
+        return Path(self.args.output, self.args.experiment)
+
+    def fit(self) -> None:
+        """Trains to the end of the run.
+
+        Raises:
+            Interrupted: After SIGTERM or SIGINT, with the state saved.
+            TrainingError: If the loss is not finite or a file cannot be written; the last good state is kept.
+        """
+        try:
+            with self._stop:
+                self._fit()
+        except OSError as e:
+            raise TrainingError(
+                f'{e.filename or self.path}: {e.strerror or e}; the last whole state is kept, put this right and go on'
+                f' with --resume {self.path}') from e
+
+    def _fit(self) -> None:
+        self._clock = time.perf_counter()
+        # Faults of the folder show before any work is done.
+        if not self.updates:
+            self.save()
+        try:
+            while not self.finished:
+                self._train_epoch()
+                self._evaluate()
+                self._end_epoch()
+        except Interrupted:
+            self.save()
+            raise
+
+    def _train_epoch(self) -> None:
+        self.step.model.train()
+        accumulate, total = self.args.grad_accum_steps, len(self.train_loader)
+        batches = self.train_loader.epoch(self.epoch, start_step=self.batches_done)
+        with tqdm(
+                total=total, initial=self.batches_done, desc=f'epoch {self.epoch + 1}/{self.epochs}', unit='batch',
+                leave=False, disable=not self.processes.primary) as bar:
+            while self.batches_done < total:
+                first = self.batches_done
+                group = [next(batches) for _ in range(min(accumulate, total - first))]
+                self.figures[:, first:first + len(group)] = self.step(group)
+                self.batches_done += len(group)
+                self._after_update()
+                bar.update(len(group))
+                if self._reads_back(first):
+                    bar.set_postfix(loss=f'{self._check_loss():.3f}', lr=f'{self.lr:.3g}')
+                self._save_or_stop(first)
+
+    def _after_update(self) -> None:
+        self.updates += 1
+        if self.ema is not None:
+            self.ema.update(self.model, step=self.updates)
+        if self.scheduler is not None and not isinstance(self.scheduler, ReduceLROnPlateau):
+            self.scheduler.step_update(self.updates)
+
+    def _reads_back(self, first: int) -> bool:
+        """Whether the host looks at the device after the update that began with batch `first`."""
+        interval = self.args.log_interval
+        return first // interval != self.batches_done // interval or self.batches_done == len(self.train_loader)
+
+    def _save_or_stop(self, first: int) -> None:
+        interval = self.args.checkpoint_interval
+        if interval and self.updates % interval == 0:
+            self.save()
+        if not self.processes.distributed:
+            self._stop_if_asked()
+        elif self._reads_back(first):
+            # All must stop at the same step, whichever of them the signal reached.
+            self._stop.signum = self.processes.max(self._stop.signum)
+            self._stop_if_asked()
+
+    def _stop_if_asked(self) -> None:
+        if self._stop.signum:
+            raise Interrupted(self._stop.signum)
+
+    def _check_loss(self) -> float:
+        """The loss of the last batch; reading it waits for the device.
+
+        Raises:
+            TrainingError: If a loss of this epoch is not finite, naming the step.
+        """
+        losses = self.figures[0, :self.batches_done].cpu()
+        bad = (~losses.isfinite()).nonzero().flatten()
+        if len(bad):
+            step = int(bad[0])
+            raise TrainingError(f'the loss is {losses[step].item()} at {self._where(step + 1)}')
+        return losses[-1].item() if len(losses) else math.nan
+
+    def _where(self, step: int) -> str:
+        return (
+            f'epoch {self.epoch + 1}, step {step} of {len(self.train_loader)}, learning rate {self.lr:.3g}; the last'
+            f' good state is kept in {self.path}')
+
+    def _evaluate(self) -> None:
+        self._tick('train')
+        if self.processes.distributed and self.args.dist_bn:
+            for model in dict.fromkeys((self.model, self.model_to_keep)):
+                distribute_bn(model, self.processes.world_size, self.args.dist_bn == 'reduce')
+        self.last = evaluate(
+            self.eval_model, self.eval_loader.epoch(0), self.autocast, self.processes.sum,
+            (lambda: None) if self.processes.distributed else self._stop_if_asked)
+        self._tick()
+
+    def _tick(self, kind: str = '') -> None:
+        """Adds the time since the last tick to the clocks."""
+        now = time.perf_counter()
+        for key in ('total', 'epoch', *((kind, f'epoch_{kind}') if kind else ())):
+            self.seconds[key] += now - self._clock
+        self._clock = now
+
+    def _end_epoch(self) -> None:
+        train, lr = self._train_metrics(), self.lr
+        if isinstance(self.scheduler, ReduceLROnPlateau):
+            self.scheduler.step(self.last['loss'])
+        elif self.scheduler is not None:
+            self.scheduler.step(self.epoch + 1)
+        is_best = self.last['top1'] > self.best.get('top1', -1.)
+        if is_best:
+            self.best = dict(self.last, epoch=self.epoch)
+        self.epochs_without_gain = 0 if is_best else self.epochs_without_gain + 1
+        if self.folder is not None:
+            self.folder.add_epoch(self.epoch, train, self.last, lr)
+            self._save_weights(is_best)
+            _logger.info(
+                f'epoch {self.epoch + 1}/{self.epochs}: train loss {train["loss"]:.3f} top-1 {train["top1"]:.2f},'
+                f' validation loss {self.last["loss"]:.3f} top-1 {self.last["top1"]:.2f} (best'
+                f' {self.best["top1"]:.2f}), lr {lr:.3g}, {train["seconds"]:.1f} s')
+        self.epoch, self.batches_done = self.epoch + 1, 0
+        self.figures.zero_()
+        self.seconds.update(epoch=0., epoch_train=0.)
+        self.save()
+
+    def _train_metrics(self) -> dict[str, float]:
+        world_size, batch_size = self.processes.world_size, self.args.batch_size
+        loss, right = (self.processes.sum(self.figures.double().mean(dim=1)) / world_size).tolist()
+        images = len(self.train_loader) * batch_size * world_size
+        return dict(
+            loss=loss, top1=100. * right / batch_size, seconds=self.seconds['epoch'],
+            images_per_second=images / self.seconds['epoch_train'])
+
+    def _save_weights(self, is_best: bool) -> None:
+        metadata = dict(
+            self.weights_metadata, epoch=str(self.epoch), top1=f'{self.last["top1"]:.4f}',
+            ema=json.dumps(self.ema is not None))
+        for name in ('last', 'best') if is_best else ('last',):
+            save_weights(self.folder.path / f'{name}.safetensors', self.model_to_keep.state_dict(), metadata)
+
+    def save(self) -> None:
+        """Saves the training state; every process must take part.
+
+        Raises:
+            TrainingError: If a loss or a weight is not finite; nothing is written then.
+            OSError: If the state cannot be written; the one before it is kept.
+        """
+        if self.batches_done:
+            self._tick('train')
+        self._check_loss()
+        state = self.state_dict()
+        names = [name for name, tensor in state['model'].items() if tensor.is_floating_point()]
+        finite = torch.stack([state['model'][name].isfinite().all() for name in names]).tolist()
+        if not all(finite):
+            raise TrainingError(f'{names[finite.index(False)]} is not finite after {self._where(self.batches_done)}')
+        if self.folder is not None:
+            save_state(self.folder.path, state)
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that the rest of the run depends on; every process must take part."""
+        return dict(
+            position=dict(epoch=self.epoch, batches_done=self.batches_done, updates=self.updates),
+            batches_per_epoch=len(self.train_loader),
+            model=self.model.state_dict(),
+            ema=self.ema.module.state_dict() if self.ema is not None else None,
+            optimizer=self.optimizer.state_dict(),
+            plateau=self.scheduler.state_dict() if isinstance(self.scheduler, ReduceLROnPlateau) else None,
+            scaler=self.scaler.state_dict() if self.scaler is not None else None,
+            early_stop=dict(epochs_without_gain=self.epochs_without_gain, best=self.best, last=self.last),
+            seconds=self.seconds,
+            processes=self.processes.gather(self._process_state()),
+        )
+
+    def _process_state(self) -> dict[str, Any]:
+        """What differs between processes: random states, figures so far, running batch-norm statistics."""
+        state = dict(rng=rng_state(self.device), figures=self.figures.cpu())
+        if self.processes.distributed:
+            for model in ('model', 'model_to_keep'):
+                state[model] = {name: buffer.cpu() for name, buffer in getattr(self, model).named_buffers()}
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Puts the run where it was when `state` was taken.
+
+        Raises:
+            ValueError: If the state belongs to another model or optimizer, or within an epoch to other data.
+        """
+        position = state['position']
+        if position['batches_done'] and state['batches_per_epoch'] != len(self.train_loader):
+            raise ValueError(
+                f'the state was saved within an epoch of {state["batches_per_epoch"]} batches, now an epoch has'
+                f' {len(self.train_loader)}: go on with the same data and batch size')
+        parts = dict(
+            model=self.model, ema=self.ema and self.ema.module, optimizer=self.optimizer,
+            plateau=self.scheduler if isinstance(self.scheduler, ReduceLROnPlateau) else None, scaler=self.scaler)
+        for name, part in parts.items():
+            if (part is None) != (state[name] is None):
+                raise ValueError(f'the state was saved {"with" if part is None else "without"} {name}')
+            try:
+                if part is not None:
+                    part.load_state_dict(state[name])
+            except (RuntimeError, KeyError, ValueError) as e:
+                raise ValueError(f'the state is of another {name}: {" ".join(str(e).split())}') from e
+        self._restore_memory_format()
+        self.epoch, self.batches_done, self.updates = (
+            position[key] for key in ('epoch', 'batches_done', 'updates'))
+        self.last, self.best = state['early_stop']['last'], state['early_stop']['best']
+        self.epochs_without_gain = state['early_stop']['epochs_without_gain']
+        self.seconds = dict(state['seconds'])
+        if self.scheduler is not None and parts['plateau'] is None:
+            # timm's schedules follow from the position alone; a longer one takes effect at once.
+            self.scheduler.step(self.epoch)
+            self.scheduler.step_update(self.updates)
+        self._load_process_state(state['processes'])
+
+    def _restore_memory_format(self) -> None:
+        """Lays the optimizer's tensors out like their parameters again; files hold them contiguous."""
+        for parameter, values in self.optimizer.state.items():
+            for key, value in values.items():
+                if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
+                    values[key] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+
+    def _load_process_state(self, states: list[dict[str, Any]]) -> None:
+        world_size = self.processes.world_size
+        if len(states) != world_size:
+            if self.batches_done:
+                raise ValueError(
+                    f'the state was saved within an epoch by {len(states)} processes, now there are {world_size}')
+            _logger.warning(f'Saved by {len(states)} processes, {world_size} go on: random numbers will differ.')
+            return
+        state = states[self.processes.rank]
+        set_rng_state(state['rng'], self.device)
+        self.figures.copy_(state['figures'])
+        for model in ('model', 'model_to_keep'):
+            for name, buffer in getattr(self, model).named_buffers() if model in state else ():
+                buffer.copy_(state[model][name])
