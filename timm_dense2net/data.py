@@ -4,10 +4,12 @@ Data too large to be held is read by worker processes instead; all that follows 
 """
 from __future__ import annotations
 
+import importlib
 import math
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -300,14 +302,14 @@ def _open_hfds(
         target_key: str | None,
         class_map: str | dict,
 ) -> Dataset:
-    import datasets  # optional, and slow to import
+    datasets = _optional_package('datasets', dataset)
     name = dataset.partition('/')[2]
     try:
-        available = datasets.get_dataset_split_names(name)
-        found = next((candidate for candidate in _SPLIT_NAMES[split] if candidate in available), None)
+        splits = datasets.load_dataset(name, cache_dir=cache_dir)
+        found = next((candidate for candidate in _SPLIT_NAMES[split] if candidate in splits), None)
         if found is None:
-            raise FileNotFoundError(f'{dataset}: no {split} split, only {available}.')
-        features = datasets.load_dataset(name, split=found, cache_dir=cache_dir).features
+            raise FileNotFoundError(f'no {split} split, only {list(splits)}.')
+        features = splits[found].features
         return create_dataset(
             dataset,
             root=cache_dir,
@@ -316,10 +318,19 @@ def _open_hfds(
             target_key=_find_column(dataset, features, target_key, ('fine_label', 'label'), datasets.ClassLabel),
             class_map=class_map,
         )
-    except FileNotFoundError as error:
+    except (FileNotFoundError, ConnectionError) as error:
         raise FileNotFoundError(f'{dataset}: {error}') from error
-    except datasets.exceptions.DatasetGenerationError as error:
-        raise ValueError(f'{dataset}: damaged: {_damaged_parquet(name) or error.__cause__ or error}') from error
+    except (datasets.exceptions.DatasetGenerationError, _optional_package('pyarrow', dataset).ArrowInvalid) as error:
+        reason = _damaged_parquet(name) or str(error.__cause__ or error)
+        raise ValueError(f'{dataset}: damaged: {" ".join(reason.split())}') from error
+
+
+def _optional_package(package: str, dataset: str) -> ModuleType:
+    """Import what only some data sets need, and may be slow to import."""
+    try:
+        return importlib.import_module(package)
+    except ModuleNotFoundError as error:
+        raise ValueError(f"{dataset} needs the package {error.name}: pip install 'timm_dense2net[train]'.") from error
 
 
 def _find_column(dataset: str, features: Any, given: str | None, names: Sequence[str], kind: type) -> str:
@@ -336,7 +347,7 @@ def _find_column(dataset: str, features: Any, given: str | None, names: Sequence
 
 def _damaged_parquet(folder: str) -> str | None:
     """Name of the first parquet file below a local folder that cannot be read, and why."""
-    import pyarrow.parquet as parquet
+    from pyarrow import parquet
     for root, _, files in sorted(os.walk(folder)):
         for name in sorted(file for file in files if file.endswith('.parquet')):
             path = os.path.join(root, name)
@@ -366,10 +377,8 @@ def _load_digits(split: str, img_size: int) -> ImageArrays:
 
     The split is ``train_test_split`` of all indices, a fifth for testing, stratified, ``random_state=0``.
     """
-    from sklearn.datasets import load_digits
-    from sklearn.model_selection import train_test_split
-    digits = load_digits()
-    train, test = train_test_split(
+    digits = _optional_package('sklearn.datasets', 'digits').load_digits()
+    train, test = _optional_package('sklearn.model_selection', 'digits').train_test_split(
         np.arange(len(digits.target)), test_size=0.2, stratify=digits.target, random_state=0)
     index = train if split == 'train' else test
     levels = np.rint(digits.images[index] * (255. / 16.)).astype(np.uint8)

@@ -1,0 +1,141 @@
+"""Images per second of `BatchLoader` against torch's DataLoader with torchvision's transforms, on the same cores.
+
+Both make normalised float batches with flip, pad-and-crop and one cutout square. All ways are timed in turn, again and
+again, so that what else the machine does falls on all of them; DataLoader counts with its best number of workers.
+
+    python benchmarks/data_path.py --output data_path.csv
+"""
+from __future__ import annotations
+
+import argparse
+import csv
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator
+
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+from torchvision import transforms
+from tqdm import tqdm
+
+from timm_dense2net.augment import AugmentConfig
+from timm_dense2net.data import BatchLoader, ImageArrays, dataset_stats, load_arrays
+
+CUTOUT_LENGTH = 8
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument('--dataset', metavar='NAME', help='data set (random 32 x 32 images)')
+    parser.add_argument('--data-dir', metavar='DIR', help='its root folder')
+    parser.add_argument('--batch-size', type=int, default=128, metavar='N')
+    parser.add_argument('--cores', type=int, default=2, metavar='N', help='cores that each way may use')
+    parser.add_argument('--workers', type=int, nargs='+', default=[0, 2], metavar='N', help="DataLoader's, each tried")
+    parser.add_argument('--repeats', type=int, default=7, metavar='N')
+    parser.add_argument('--images', type=int, default=10000, metavar='N', help='a repeat of the DataLoader')
+    parser.add_argument('--output', metavar='FILE', help='CSV of every repeat')
+    return parser.parse_args()
+
+
+class Cutout:
+    """One square of a normalised image masked, as the paper's code does (https://arxiv.org/abs/1708.04552)."""
+
+    def __call__(self, image: torch.Tensor) -> torch.Tensor:
+        height, width = image.shape[1:]
+        y, x = int(torch.randint(height, ())), int(torch.randint(width, ()))
+        half = CUTOUT_LENGTH // 2
+        image[:, max(y - half, 0):y + half, max(x - half, 0):x + half] = 0.
+        return image
+
+
+class PilDataset(Dataset):
+    """PIL images through torchvision's transforms, as torchvision's CIFAR100 gives them."""
+
+    def __init__(self, arrays: ImageArrays, transform: Callable) -> None:
+        self.pixels = arrays.images.permute(0, 2, 3, 1).contiguous().numpy()
+        self.labels = arrays.labels.tolist()
+        self.transform = transform
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        return self.transform(Image.fromarray(self.pixels[index])), self.labels[index]
+
+
+def random_arrays(count: int) -> ImageArrays:
+    images = torch.randint(0, 256, (count, 3, 32, 32), dtype=torch.uint8)
+    return ImageArrays(images, torch.arange(count) % 100, tuple(str(i) for i in range(100)))
+
+
+def endless(make_epoch: Callable[[int], Iterator]) -> Iterator:
+    """Batches of one epoch after the other."""
+    epoch = 0
+    while True:
+        yield from make_epoch(epoch)
+        epoch += 1
+
+
+def images_per_second(batches: Iterator, images: int) -> float:
+    seen, start = 0, time.perf_counter()
+    while seen < images:
+        seen += len(next(batches)[1])
+    return seen / (time.perf_counter() - start)
+
+
+def main() -> None:
+    args = parse_args()
+    if hasattr(os, 'sched_setaffinity'):
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:args.cores])
+    torch.set_num_threads(args.cores)
+    arrays = load_arrays(args.dataset, 'train', data_dir=args.data_dir) if args.dataset else random_arrays(50000)
+    mean, std = dataset_stats(arrays)
+    side = arrays.images.shape[2]
+
+    loader = BatchLoader(
+        arrays, args.batch_size, device='cpu', mean=mean, std=std, train=True,
+        augment=AugmentConfig(cutout_holes=1, cutout_length=CUTOUT_LENGTH))
+    theirs = PilDataset(arrays, transforms.Compose([
+        transforms.RandomCrop(side, padding=4),
+        transforms.RandomHorizontalFlip(),
+        transforms.ToTensor(),
+        transforms.Normalize(mean, std),
+        Cutout(),
+    ]))
+    ways = {'BatchLoader': (endless(loader.epoch), 10 * args.images)}
+    for workers in args.workers:
+        other = DataLoader(
+            theirs, args.batch_size, shuffle=True, drop_last=True, num_workers=workers, persistent_workers=workers > 0)
+        ways[f'DataLoader, {workers} workers'] = (endless(lambda _, other=other: iter(other)), args.images)
+
+    speeds: dict[str, list[float]] = {name: [] for name in ways}
+    with tqdm(total=(args.repeats + 1) * len(ways)) as progress:
+        for repeat in range(args.repeats + 1):
+            for name, (batches, images) in ways.items():
+                speed = images_per_second(batches, images)
+                if repeat:  # the first one warms up
+                    speeds[name].append(speed)
+                progress.update()
+
+    medians = {name: statistics.median(values) for name, values in speeds.items()}
+    best = max(median for name, median in medians.items() if name != 'BatchLoader')
+    print(f'\nFlip, crop and cutout of {side} x {side} images, batch {args.batch_size}, {args.cores} cores, '
+          f'torch {torch.__version__}, {args.repeats} repeats\n')
+    print('| way | images/s, median | lowest | highest |\n|---|---|---|---|')
+    for name, values in speeds.items():
+        print(f'| {name} | {medians[name]:,.0f} | {min(values):,.0f} | {max(values):,.0f} |')
+    ratio = medians['BatchLoader'] / best
+    print(f'\nBatchLoader makes {ratio:.1f} times the images per second of the best DataLoader.')
+    if args.output:
+        with open(f'{args.output}.tmp', 'w', newline='', encoding='utf-8') as file:
+            writer = csv.writer(file)
+            writer.writerow(('way', 'repeat', 'images_per_second'))
+            for name, values in speeds.items():
+                writer.writerows((name, repeat, f'{speed:.1f}') for repeat, speed in enumerate(values))
+        os.replace(f'{args.output}.tmp', args.output)
+
+
+if __name__ == '__main__':
+    main()
