@@ -125,6 +125,7 @@ class SplitHierarchyConv2d(nn.Module):
                 f'groups: groups must divide {width}')
         norm_act_layer = get_norm_act_layer(norm_layer, act_layer=act_layer)
         self.channels = channels
+        self.in_channels = self.out_channels = channels  # asked of a convolution by timm's ConvNormAct
         self.scale = scale
         self.width = width
         self.convs = nn.ModuleList([
