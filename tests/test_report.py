@@ -99,6 +99,7 @@ def result_of(**values):
 
 @pytest.mark.parametrize('values, expected', [
     (dict(), True),
+    (dict(overrides='amp=True amp_dtype=float16'), True),
     (dict(model='dense2net40_k12_s4'), False),
     (dict(dataset='cifar10'), False),
     (dict(overrides='lr=0.05'), False),

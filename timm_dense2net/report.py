@@ -261,10 +261,11 @@ class Row(NamedTuple):
 
     @property
     def deck(self) -> DeckRow | None:
-        """The deck's row, where it is the same recipe, model and data set."""
+        """The deck's row, where recipe (in any precision), model and data set are the same."""
         run = self.runs[0]
         row = DECK.get(run.recipe)
-        return row if row and (row.model, 'cifar100', '') == (run.model, run.dataset, run.overrides) else None
+        changed = [word for word in run.overrides.split() if not word.startswith('amp')]
+        return row if row and not changed and (row.model, 'cifar100') == (run.model, run.dataset) else None
 
     @property
     def difference(self) -> float | None:

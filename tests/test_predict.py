@@ -1,0 +1,247 @@
+"""The predict command: what it finds, what it prints, and pictures that cannot be read."""
+import csv
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from PIL import Image
+
+import timm_dense2net  # noqa: F401
+from timm_dense2net.checkpoint import save_weights
+from timm_dense2net.predict import Source, find_images, main, predict_images
+from timm_dense2net.trained import load_trained
+
+MODEL = 'dense2net40_k12_s4'
+NAMES = ['ant', 'bee', 'cat', 'dog', 'eel', 'fox']
+
+
+@pytest.fixture(scope='module')
+def weights(tmp_path_factory):
+    """Weights of six classes whose logits differ between pictures."""
+    path = tmp_path_factory.mktemp('run') / 'last.safetensors'
+    torch.manual_seed(0)
+    model = timm.create_model(MODEL, num_classes=6)
+    save_weights(path, model.state_dict(), dict(
+        model=MODEL, model_args='{}', input_size='[3, 32, 32]', mean='[0.5, 0.4, 0.3]', std='[0.3, 0.2, 0.1]',
+        class_names=json.dumps(NAMES)))
+    return path
+
+
+def picture(path, seed=0, size=(32, 32), mode='RGB'):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    generator = torch.Generator().manual_seed(seed)
+    pixels = torch.randint(0, 256, (size[1], size[0], 3), generator=generator, dtype=torch.uint8)
+    Image.fromarray(pixels.numpy()).convert(mode).save(path)
+    return path
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """Ten pictures in two folders."""
+    for index in range(10):
+        picture(tmp_path / 'pictures' / ('a' if index < 4 else 'b') / f'{index}.png', seed=index)
+    return tmp_path / 'pictures'
+
+
+def expected_top(weights, path, k):
+    """Class names and probabilities by timm alone."""
+    model = load_trained(checkpoint=weights).model
+    pixels = torch.tensor(list(Image.open(path).convert('RGB').tobytes())).view(32, 32, 3).permute(2, 0, 1) / 255
+    x = (pixels - torch.tensor([0.5, 0.4, 0.3]).view(3, 1, 1)) / torch.tensor([0.3, 0.2, 0.1]).view(3, 1, 1)
+    with torch.no_grad():
+        top = model(x[None]).softmax(1)[0].topk(k)
+    return [(NAMES[index], value) for value, index in zip(top.values.tolist(), top.indices.tolist())]
+
+
+def test_csv_holds_the_models_own_probabilities_in_order(weights, pictures, capsys):
+    assert main([str(pictures), '--checkpoint', str(weights), '--format', 'csv', '--topk', '2', '-b', '3']) == 0
+    rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
+    paths = sorted(str(path) for path in pictures.rglob('*.png'))
+    assert [row['image'] for row in rows] == [path for path in paths for _ in range(2)]
+    for path in paths[::3]:
+        found = [(row['class'], float(row['probability'])) for row in rows if row['image'] == path]
+        expected = expected_top(weights, path, 2)
+        assert [name for name, _ in found] == [name for name, _ in expected]
+        assert [value for _, value in found] == pytest.approx([value for _, value in expected], abs=2e-5)
+    assert [row['rank'] for row in rows[:2]] == ['1', '2'] and NAMES[int(rows[0]['class_index'])] == rows[0]['class']
+
+
+def test_json_and_table_say_the_same(weights, pictures, capsys):
+    call = [str(pictures / 'a'), '--checkpoint', str(weights), '--topk', '3']
+    assert main([*call, '--format', 'json']) == 0
+    objects = json.loads(capsys.readouterr().out)
+    assert main(call) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(objects) == len(lines) == 4
+    for item, line in zip(objects, lines):
+        assert line.startswith(item['image']) and len(item['predictions']) == 3
+        words = line[len(item['image']):].split()
+        assert words[0::3] == [each['class'] for each in item['predictions']]
+        assert words[1::3] == [f'{100 * each["probability"]:.1f}' for each in item['predictions']]
+
+
+def test_more_classes_than_there_are_are_all(weights, pictures, capsys):
+    assert main([str(pictures / 'a' / '0.png'), '--checkpoint', str(weights), '--topk', '50', '--format', 'json']) == 0
+    predictions = json.loads(capsys.readouterr().out)[0]['predictions']
+    assert sorted(each['class'] for each in predictions) == NAMES
+    assert sum(each['probability'] for each in predictions) == pytest.approx(1, abs=1e-5)
+
+
+def test_batches_change_nothing(weights, pictures):
+    trained = load_trained(checkpoint=weights)
+    sources = list(find_images([str(pictures)]))
+    one, all_at_once = (list(predict_images(trained, sources, batch_size=size)) for size in (1, 64))
+    for first, second in zip(one, all_at_once, strict=True):
+        assert first.image == second.image
+        assert [index for index, _, _ in first.classes] == [index for index, _, _ in second.classes]
+        torch.testing.assert_close(
+            torch.tensor([value for _, _, value in first.classes]),
+            torch.tensor([value for _, _, value in second.classes]), rtol=1e-4, atol=1e-6)
+
+
+def test_files_folders_and_patterns_are_found_in_order(pictures):
+    def names(*arguments):
+        return [(Path(source.name).name, source.error) for source in find_images(arguments)]
+
+    (pictures / 'a' / 'notes.txt').touch()
+    picture(pictures / 'a' / 'UPPER.JPG')
+    assert names(str(pictures / 'b')) == [(f'{index}.png', None) for index in range(4, 10)]
+    assert names(f'{pictures}/**/[13].png', str(pictures / 'a' / '0.png')) == [
+        ('1.png', None), ('3.png', None), ('0.png', None)]
+    assert [name for name, _ in names(str(pictures))][:5] == ['0.png', '1.png', '2.png', '3.png', 'UPPER.JPG']
+    assert names(f'{pictures}/*.gif') == [('*.gif', 'no file matches this pattern')]
+    (pictures / 'empty').mkdir()
+    assert names(str(pictures / 'empty')) == [('empty', 'no picture in this folder')]
+    bracket = picture(pictures / 'odd[1].png')
+    assert names(str(bracket)) == [('odd[1].png', None)]
+
+
+def test_standard_input_is_a_picture_or_a_list_of_paths(weights, pictures):
+    path = pictures / 'a' / '0.png'
+    listed = list(find_images(['-'], stdin=lambda: f'{path}\n\n{pictures}/b/4.png\n'.encode()))
+    assert listed == [Source(str(path)), Source(f'{pictures}/b/4.png')]
+    assert list(find_images(['-'], stdin=lambda: b' \n')) == [Source('-', error='standard input is empty')]
+
+    trained = load_trained(checkpoint=weights)
+    piped = list(predict_images(trained, list(find_images(['-'], stdin=path.read_bytes))))
+    direct = list(predict_images(trained, [Source(str(path))]))
+    assert piped[0].image == '-' and piped[0].classes == direct[0].classes
+
+
+def test_any_kind_of_picture_is_taken(weights, tmp_path, capsys):
+    picture(tmp_path / 'grey.png', mode='L')
+    picture(tmp_path / 'palette.gif', mode='P')
+    picture(tmp_path / 'alpha.png', mode='RGBA')
+    picture(tmp_path / 'cmyk.jpg', mode='CMYK')
+    picture(tmp_path / 'deep.tif', mode='I;16')
+    picture(tmp_path / 'wide.webp', size=(500, 90))
+    picture(tmp_path / 'tiny.bmp', size=(1, 1))
+    assert main([str(tmp_path), '--checkpoint', str(weights), '--format', 'json']) == 0
+    assert len(json.loads(capsys.readouterr().out)) == 7
+
+
+def test_a_turned_photograph_is_set_upright(weights, tmp_path):
+    upright = picture(tmp_path / 'upright.png')
+    image = Image.open(upright).transpose(Image.Transpose.ROTATE_90)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # orientation: turn clockwise by 90 degrees to see it upright
+    image.save(tmp_path / 'turned.png', exif=exif)
+    trained = load_trained(checkpoint=weights)
+    first, second = predict_images(trained, [Source(str(upright)), Source(str(tmp_path / 'turned.png'))])
+    assert first.classes == second.classes
+
+
+def test_unreadable_pictures_are_reported_and_counted_and_the_rest_goes_on(weights, pictures, tmp_path, capsys):
+    bad = tmp_path / 'bad'
+    bad.mkdir()
+    (bad / 'text.png').write_text('no picture')
+    (bad / 'empty.jpg').touch()
+    (bad / 'torn.png').write_bytes(picture(tmp_path / 'whole.png', size=(200, 200)).read_bytes()[:5000])
+    good = pictures / 'a' / '0.png'
+    call = [
+        str(bad / 'text.png'), str(good), str(bad / 'empty.jpg'), str(bad / 'torn.png'), str(bad / 'none.png'),
+        str(pictures / 'b' / '5.png'), '--checkpoint', str(weights), '-b', '2', '--format', 'json']
+    assert main(call) == 1
+    out, err = capsys.readouterr()
+    for name, message in [
+            ('text.png', 'not an image'), ('empty.jpg', 'not an image'), ('torn.png', 'cannot be read'),
+            ('none.png', 'No such file or directory')]:
+        assert f'error: {bad / name}: {message}' in err
+    assert '4 of 6 pictures could not be read' in err
+    objects = json.loads(out)
+    assert [Path(item['image']).name for item in objects if 'predictions' in item] == ['0.png', '5.png']
+    assert sum('error' in item for item in objects) == 4
+    top = objects[1]['predictions'][0]
+    name, probability = expected_top(weights, good, 1)[0]
+    assert top['class'] == name and top['probability'] == pytest.approx(probability, abs=2e-5)
+
+
+def test_a_picture_too_large_to_be_one_is_reported(weights, tmp_path, monkeypatch, capsys):
+    picture(tmp_path / 'large.png', size=(300, 300))
+    monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', 10_000)
+    assert main([str(tmp_path), '--checkpoint', str(weights)]) == 1
+    assert 'large.png: cannot be read: Image size (90000 pixels) exceeds limit' in capsys.readouterr().err
+
+
+def test_output_goes_to_a_file(weights, pictures, tmp_path, capsys):
+    path = tmp_path / 'out.csv'
+    assert main([str(pictures), '--checkpoint', str(weights), '--format', 'csv', '--output', str(path)]) == 0
+    assert capsys.readouterr().out == '' and len(path.read_text().splitlines()) == 1 + 10 * 5
+
+
+def test_weights_without_class_names_give_numbers(tmp_path, pictures, capsys):
+    path = tmp_path / 'plain.safetensors'
+    save_weights(path, timm.create_model(MODEL, num_classes=3).state_dict(), {})
+    call = [str(pictures / 'a' / '0.png'), '--checkpoint', str(path), '--model', MODEL, '--format', 'json']
+    assert main(call) == 0
+    predictions = json.loads(capsys.readouterr().out)[0]['predictions']
+    assert sorted(each['class'] for each in predictions) == ['class 0', 'class 1', 'class 2']
+
+
+def test_a_model_that_cannot_be_used_is_one_message(pictures, tmp_path, capsys):
+    for arguments, message in [
+            (['--model', 'dense2net999'], 'dense2net999: Unknown model'),
+            (['--model', 'owner/net'], 'has no source prefix'),
+            (['--model', 'dense2net121d_s8'], 'No pretrained weights exist'),
+            (['--model', f'local-dir:{tmp_path}'], 'Config file not found'),
+            (['--checkpoint', str(tmp_path / 'none.safetensors')], 'no weights at'),
+    ]:
+        assert main([str(pictures), *arguments]) == 2
+        err = capsys.readouterr().err
+        assert err.startswith('error: ') and message in err and err.count('\n') == 1
+
+
+@pytest.mark.parametrize('option, message', [
+    (['--topk', '0'], '--topk must be at least 1, got 0'), (['-b', '0'], '--batch-size must be at least 1, got 0'),
+    (['--format', 'xml'], 'invalid choice')])
+def test_a_wrong_call_is_refused(option, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(['a.png', *option])
+    assert stop.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_the_default_is_a_packaged_model(pictures, capsys):
+    packaged = timm.list_models(module='dense2net', pretrained=True)
+    code = main([str(pictures / 'a'), '--format', 'json'])
+    out, err = capsys.readouterr()
+    if packaged:
+        assert code == 0 and len(json.loads(out)) == 4
+    else:
+        assert code == 2 and 'no weights are packaged' in err
+
+
+def test_pipes_and_exit_codes_hold_for_a_process(weights, pictures):
+    code = 'import sys; from timm_dense2net.predict import main; sys.exit(main())'
+    root = Path(__file__).parents[1]
+    listed = '\n'.join(map(str, sorted(pictures.rglob('*.png')))) + '\nnone.png\n'
+    done = subprocess.run(
+        [sys.executable, '-c', code, '-', '--checkpoint', str(weights), '--format', 'csv', '--topk', '1'],
+        input=listed, capture_output=True, text=True, env={**os.environ, 'PYTHONPATH': str(root)})
+    assert done.returncode == 1 and len(done.stdout.splitlines()) == 11
+    assert 'error: none.png: No such file or directory' in done.stderr and 'Traceback' not in done.stderr

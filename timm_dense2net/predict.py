@@ -1,0 +1,245 @@
+"""`python -m timm_dense2net predict`: the classes of pictures.
+
+    predict cat.jpg pictures/ 'more/**/*.png'                        with packaged weights
+    predict pictures --checkpoint output/RUN --format csv            with one's own
+    find . -name '*.jpg' | python -m timm_dense2net predict -        paths, or one picture, from standard input
+"""
+from __future__ import annotations
+
+import argparse
+import csv
+import glob
+import io
+import json
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import timm
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from timm.data import create_transform, get_img_extensions
+from tqdm import tqdm
+
+from .results import replace_file
+from .trained import TrainedModel, load_trained
+
+__all__ = ['Prediction', 'find_images', 'predict_images', 'main']
+
+# Looked for in folders: timm's extensions, and what else Pillow reads and cameras or browsers write.
+_EXTENSIONS = (*get_img_extensions(), '.bmp', '.gif', '.ppm', '.tif', '.tiff', '.webp')
+
+_DEFAULT_MODEL = 'dense2net121_s8'
+
+
+class Source(NamedTuple):
+    """A picture to be read: its name, and its bytes where it is no file. `error` says why there is none."""
+    name: str
+    data: bytes | None = None
+    error: str | None = None
+
+
+class Prediction(NamedTuple):
+    """The most likely classes of a picture, or why there are none.
+
+    Args:
+        image: Name of the picture.
+        classes: Class index, name and probability, most likely first.
+        error: What is wrong with the picture.
+    """
+    image: str
+    classes: tuple[tuple[int, str, float], ...] = ()
+    error: str | None = None
+
+
+def find_images(arguments: Iterable[str], stdin: Callable[[], bytes] | None = None) -> Iterator[Source]:
+    """Finds the pictures that arguments name, in their order; a folder's in alphabetical order.
+
+    Args:
+        arguments: Files, folders (searched with all folders below), glob patterns (`**` for any depth), or `-`.
+        stdin: Reads what `-` stands for: one picture, or paths in UTF-8, one a line.
+    """
+    for argument in arguments:
+        if argument == '-':
+            yield from _from_stdin(stdin() if stdin else sys.stdin.buffer.read())
+        elif os.path.isdir(argument):
+            found = sorted(path for path in Path(argument).rglob('*') if path.suffix.lower() in _EXTENSIONS)
+            yield from (Source(str(path)) for path in found)
+            if not found:
+                yield Source(argument, error='no picture in this folder')
+        elif os.path.exists(argument) or not glob.has_magic(argument):
+            yield Source(argument)
+        else:
+            found = sorted(path for path in glob.glob(argument, recursive=True) if os.path.isfile(path))
+            yield from (Source(path) for path in found)
+            if not found:
+                yield Source(argument, error='no file matches this pattern')
+
+
+def _from_stdin(data: bytes) -> Iterator[Source]:
+    # Pictures are not valid UTF-8: their headers hold bytes that no text has.
+    try:
+        lines = [line.strip() for line in data.decode('utf-8').splitlines()]
+    except UnicodeDecodeError:
+        yield Source('-', data)
+        return
+    paths = [line for line in lines if line]
+    yield from (Source(path) for path in paths)
+    if not paths:
+        yield Source('-', error='standard input is empty')
+
+
+def _read(source: Source, transform: Callable[[Image.Image], torch.Tensor], mode: str) -> torch.Tensor | str:
+    """The picture as the model takes it, or what is wrong with it."""
+    if source.error is not None:
+        return source.error
+    try:
+        with Image.open(source.name if source.data is None else io.BytesIO(source.data)) as image:
+            return transform(ImageOps.exif_transpose(image).convert(mode))
+    except UnidentifiedImageError:
+        return 'not an image'
+    except OSError as e:
+        return e.strerror or f'cannot be read: {e}'
+    except (ValueError, SyntaxError, Image.DecompressionBombError) as e:
+        return f'cannot be read: {e}'
+
+
+@torch.inference_mode()
+def predict_images(
+        trained: TrainedModel,
+        sources: Sequence[Source],
+        *,
+        topk: int = 5,
+        batch_size: int = 64,
+        device: torch.device | str = 'cpu',
+) -> Iterator[Prediction]:
+    """Classifies pictures in batches, as timm prepares them for evaluation; one prediction a picture, in order.
+
+    Args:
+        trained: The model; it is moved to `device`.
+        sources: Pictures, from `find_images`.
+        topk: Number of classes a picture, at most as many as there are.
+        batch_size: Pictures at a time.
+        device: Device to run on.
+    """
+    model = trained.model.to(device)
+    transform = create_transform(**trained.data_config, is_training=False)
+    mode = 'L' if trained.data_config['input_size'][0] == 1 else 'RGB'
+    topk = min(topk, model.num_classes)
+    with ThreadPoolExecutor() as pool:
+        for start in range(0, len(sources), batch_size):
+            batch = sources[start:start + batch_size]
+            tensors = list(pool.map(lambda source: _read(source, transform, mode), batch))
+            good = [tensor for tensor in tensors if isinstance(tensor, torch.Tensor)]
+            rows = iter(())
+            if good:
+                probabilities, indices = model(torch.stack(good).to(device)).float().softmax(dim=1).topk(topk, dim=1)
+                rows = zip(indices.tolist(), probabilities.tolist())
+            for source, tensor in zip(batch, tensors):
+                if isinstance(tensor, str):
+                    yield Prediction(source.name, error=tensor)
+                else:
+                    classes = tuple((index, _name(trained, index), value) for index, value in zip(*next(rows)))
+                    yield Prediction(source.name, classes)
+
+
+def _name(trained: TrainedModel, index: int) -> str:
+    return trained.class_names[index] if trained.class_names else f'class {index}'
+
+
+def format_table(predictions: Sequence[Prediction]) -> str:
+    """One line a picture: its name, then each class with its probability in percent."""
+    width = max((len(prediction.image) for prediction in predictions), default=0)
+    cells = max((len(name) for prediction in predictions for _, name, _ in prediction.classes), default=0)
+    lines = [
+        f'{prediction.image:<{width}}  '
+        + '  '.join(f'{name:<{cells}} {100 * value:5.1f} %' for _, name, value in prediction.classes)
+        for prediction in predictions if prediction.error is None]
+    return ''.join(f'{line}\n' for line in lines)
+
+
+def format_csv(predictions: Sequence[Prediction]) -> str:
+    """One line a picture and class: image, rank, class index, class, probability."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator='\n')
+    writer.writerow(('image', 'rank', 'class_index', 'class', 'probability'))
+    for prediction in predictions:
+        for rank, (index, name, value) in enumerate(prediction.classes, start=1):
+            writer.writerow((prediction.image, rank, index, name, f'{value:.6f}'))
+    return text.getvalue()
+
+
+def format_json(predictions: Sequence[Prediction]) -> str:
+    """A list of objects: image and either predictions or error."""
+    return json.dumps([_as_object(prediction) for prediction in predictions], indent=2, ensure_ascii=False) + '\n'
+
+
+def _as_object(prediction: Prediction) -> dict[str, Any]:
+    if prediction.error is not None:
+        return dict(image=prediction.image, error=prediction.error)
+    return dict(image=prediction.image, predictions=[
+        {'class_index': index, 'class': name, 'probability': round(value, 6)}
+        for index, name, value in prediction.classes])
+
+
+_FORMATS = dict(table=format_table, json=format_json, csv=format_csv)
+
+
+def _default_model() -> str:
+    """The packaged weights that are used where none are named.
+
+    Raises:
+        ValueError: If no weights are packaged.
+    """
+    names = timm.list_models(module='dense2net', pretrained=True)
+    if not names:
+        raise ValueError('no weights are packaged: name some with --checkpoint or --model')
+    return next((name for name in names if name.partition('.')[0] == _DEFAULT_MODEL), names[0])
+
+
+def _build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog='python -m timm_dense2net predict', description='Classify pictures.')
+    parser.add_argument(
+        'images', nargs='+', metavar='IMAGE', help='file, folder, glob pattern, or - for standard input')
+    parser.add_argument(
+        '--model', metavar='NAME', help=f'timm model name with weights, hf-hub: or local-dir: name ({_DEFAULT_MODEL})')
+    parser.add_argument('--checkpoint', metavar='PATH', help='run folder or safetensors file of weights')
+    parser.add_argument('--topk', type=int, default=5, metavar='K', help='classes a picture (%(default)s)')
+    parser.add_argument('--format', choices=_FORMATS, default='table', help='(%(default)s)')
+    parser.add_argument('--output', type=Path, metavar='FILE', help='write there and not to the screen')
+    parser.add_argument('-b', '--batch-size', type=int, default=64, metavar='N', help='(%(default)s)')
+    parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu', help='(%(default)s)')
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command; returns 0, 1 where a picture could not be read, 2 where the model cannot be used."""
+    parser = _build_parser()
+    args = parser.parse_args(argv)
+    for name in ('topk', 'batch_size'):
+        if getattr(args, name) < 1:
+            parser.error(f'--{name.replace("_", "-")} must be at least 1, got {getattr(args, name)}')
+    try:
+        trained = load_trained(args.model or (None if args.checkpoint else _default_model()), args.checkpoint)
+        sources = list(find_images(args.images))
+        predictions = list(tqdm(
+            predict_images(trained, sources, topk=args.topk, batch_size=args.batch_size, device=args.device),
+            total=len(sources), desc='predict', leave=False))
+        text = _FORMATS[args.format](predictions)
+        if args.output:
+            with replace_file(args.output) as temporary:
+                temporary.write_text(text, encoding='utf-8')
+        else:
+            sys.stdout.write(text)
+    except (OSError, ValueError) as e:
+        print(f'error: {e}', file=sys.stderr)
+        return 2
+    bad = [prediction for prediction in predictions if prediction.error is not None]
+    for prediction in bad:
+        print(f'error: {prediction.image}: {prediction.error}', file=sys.stderr)
+    if bad:
+        print(f'{len(bad)} of {len(predictions)} pictures could not be read', file=sys.stderr)
+    return 1 if bad else 0
