@@ -9,7 +9,13 @@ import runpy
 import sys
 from pathlib import Path
 
-COMMANDS = {}
+# Command -> module of this package whose main(argv) runs it.
+COMMANDS = {
+    'evaluate': 'evaluate',
+    'predict': 'predict',
+    'publish': 'publish',
+    'report': 'report',
+}
 
 
 def _usage() -> str:
