@@ -28,6 +28,8 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from timm.models._features import feature_take_indices
 from timm.models._manipulate import MATCH_PREV_GROUP
 
+from .fused import FusedDenseBlock, FusedDenseTransition, FusedSplitHierarchyConv2d, is_fusable
+
 __all__ = ['Dense2Net', 'SplitHierarchyConv2d']
 
 CIFAR100_MEAN = (0.50707516, 0.48654887, 0.44091784)
@@ -143,6 +145,11 @@ class SplitHierarchyConv2d(nn.Module):
             outputs.append(y)
         return torch.cat(outputs, 1)
 
+    @torch.jit.ignore
+    def fuse(self) -> nn.Module:
+        """Form for inference; itself if its norms are other than batch norm with ReLU."""
+        return FusedSplitHierarchyConv2d(self) if is_fusable(*self.norms) else self
+
 
 @contextmanager
 def _running_stats_frozen(module: nn.Module) -> Iterator[None]:
@@ -185,6 +192,7 @@ class DenseLayer(nn.Module):
         super().__init__()
         norm_act_layer = get_norm_act_layer(norm_layer, act_layer=act_layer)
         mid_chs = bn_size * growth_rate
+        self.growth_rate = growth_rate
         self.norm1 = norm_act_layer(in_chs, **dd)
         self.conv1 = create_conv2d(in_chs, mid_chs, 1, **dd)
         self.norm2 = norm_act_layer(mid_chs, **dd)
@@ -202,6 +210,11 @@ class DenseLayer(nn.Module):
         self.attn = _create_attn(attn_layer, growth_rate, **dd)
         self.drop_path = DropPath(drop_path) if drop_path > 0. else nn.Identity()
         self.grad_checkpointing = False
+
+    @torch.jit.ignore
+    def norms(self) -> List[nn.Module]:
+        """The norms with activation, in the order of their use."""
+        return [self.norm1, self.norm2, *getattr(self.conv2, 'norms', [])]
 
     def _new_features(self, features: List[torch.Tensor]) -> torch.Tensor:
         x = self.conv1(self.norm1(torch.cat(features, 1)))
@@ -243,6 +256,12 @@ class DenseBlock(nn.ModuleDict):
             features.append(layer(features))
         return torch.cat(features, 1)
 
+    @torch.jit.ignore
+    def fuse(self) -> nn.Module:
+        """Form for inference; itself if its norms are other than batch norm with ReLU."""
+        norms = [norm for layer in self.values() for norm in layer.norms()]
+        return FusedDenseBlock(self) if is_fusable(*norms) else self
+
 
 class DenseTransition(nn.Sequential):
     """Norm, activation and 1x1 convolution to ``out_chs`` channels, then 2x2 average pooling."""
@@ -254,6 +273,11 @@ class DenseTransition(nn.Sequential):
             ('conv', create_conv2d(in_chs, out_chs, 1, **dd)),
             ('pool', nn.AvgPool2d(kernel_size=2, stride=2)),
         ]))
+
+    @torch.jit.ignore
+    def fuse(self) -> nn.Module:
+        """Form for inference; itself if its norm is other than batch norm with ReLU."""
+        return FusedDenseTransition(self) if is_fusable(self.norm) else self
 
 
 def _create_stem(
@@ -569,6 +593,8 @@ default_cfgs = generate_default_cfgs({
     'dense2net201_s8.untrained': _cfg(),
     'dense2net161_s8.untrained': _cfg(),
     'dense2net190_k40_s4.untrained': _cfg(pool_size=(8, 8)),
+    'densenet190_k40_cifar.untrained': _cfg(
+        pool_size=(8, 8), paper_ids='arXiv:1608.06993', origin_url='https://arxiv.org/abs/1608.06993'),
     'dense2net121d_s4.untrained': _cfg_224(),
     'dense2net121d_s8.untrained': _cfg_224(),
     'dense2net169d_s8.untrained': _cfg_224(),
@@ -664,6 +690,13 @@ def dense2net190_k40_s4(pretrained: bool = False, **kwargs) -> Dense2Net:
     """Three-block Dense2Net-190 (k = 40), scale 4."""
     model_args = dict(growth_rate=40, block_config=(31, 31, 31), scale=4)
     return _create_dense2net('dense2net190_k40_s4', pretrained=pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def densenet190_k40_cifar(pretrained: bool = False, **kwargs) -> Dense2Net:
+    """Three-block DenseNet-190-BC (k = 40) with a CIFAR stem."""
+    model_args = dict(growth_rate=40, block_config=(31, 31, 31), scale=None)
+    return _create_dense2net('densenet190_k40_cifar', pretrained=pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
