@@ -206,6 +206,21 @@ def test_command_prints_all_figures_of_a_checkpoint(folder, tmp_path, capsys):
     assert all(len(values) == 5 for values in figures['corruptions'].values())
 
 
+def test_images_are_brought_to_the_size_the_model_was_trained_at(folder, tmp_path):
+    path = tmp_path / 'small.safetensors'
+    save_model(path, **full_metadata(input_size='[3, 16, 16]'))
+    call = ['--checkpoint', str(path), '--dataset', str(folder), '--device', 'cpu', '--calibration']
+    found = []
+    for size, arguments in ((16, []), (48, ['--img-size', '48'])):
+        assert main([*call, *arguments, '--output', str(tmp_path / 'out.json')]) == 0
+        figures = json.loads((tmp_path / 'out.json').read_text())
+        arrays = load_arrays(str(folder), 'test', img_size=size)
+        assert arrays.images.shape[-1] == size
+        assert figures == evaluate(load_trained(checkpoint=path), arrays, calibration=True)
+        found.append(figures['calibration']['ece'])
+    assert found[0] != found[1]
+
+
 def test_weights_without_metadata_need_the_models_name(folder, tmp_path, capsys):
     path = tmp_path / 'model.safetensors'
     save_model(path)

@@ -194,9 +194,9 @@ def test_confusion_picture_shows_rows_as_true_classes(tmp_path):
     # Everything is called class 0: one dark column, the first.
     write_final_report(tmp_path, torch.eye(4)[torch.zeros(4, dtype=torch.long)], targets, ['a', 'b', 'c', 'd'])
     pixels = np.asarray(image.open(tmp_path / 'confusion_matrix.png').convert('L'))
-    # The axes are 4 inches wide and start 1.6 inches from the left and 1.5 from the bottom, at 90 dots an inch.
+    # The axes are 4 inches wide and start 0.57 inches from the left and the bottom, at 90 dots an inch.
     height = pixels.shape[0]
-    cell = [[pixels[height - int(90 * (1.5 + 3.5 - row)), int(90 * (1.6 + 0.5 + column))] for column in range(4)]
+    cell = [[pixels[height - int(90 * (0.57 + 3.5 - row)), int(90 * (0.57 + 0.5 + column))] for column in range(4)]
             for row in range(4)]
     assert (np.array(cell) < 128).tolist() == [[True, False, False, False]] * 4
 
@@ -228,7 +228,7 @@ def test_curves_draw_every_known_column_and_annotate_best_and_last(tmp_path, mon
     accuracy_axes, loss_axes = drawn[0].axes
     lines = {line.get_label(): line.get_ydata() for line in accuracy_axes.lines if line.get_label()[0] != '_'}
     assert list(lines['training']) == [0., 10., 20.]
-    assert list(lines['validation (best 18.00, epoch 2)']) == [0., 9., 18.]
+    assert list(lines['validation (best 18.00 after 3)']) == [0., 9., 18.]
     assert [text.get_text() for text in accuracy_axes.texts] == ['18.00', '20.00']
     assert [text.get_text() for text in loss_axes.texts] == ['2.00', '2.20']
 

@@ -236,7 +236,7 @@ def _build_parser() -> argparse.ArgumentParser:
     parser.add_argument('--data-dir', metavar='DIR', help='root folder of the data set')
     parser.add_argument('--input-key', metavar='NAME', help='image column of a Hugging Face data set')
     parser.add_argument('--target-key', metavar='NAME', help='label column of a Hugging Face data set')
-    parser.add_argument('--img-size', type=int, metavar='N', help="side to resize the images to (the data's own)")
+    parser.add_argument('--img-size', type=int, metavar='N', help="side to resize the images to (the model's)")
     parser.add_argument('-b', '--batch-size', type=int, default=256, metavar='N')
     parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
     parser.add_argument('--tta-flip', action='store_true', help='also average the logits of each image and its mirror')
@@ -259,8 +259,9 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f'--batch-size must be at least 1, got {args.batch_size}')
     try:
         trained = load_trained(args.model, args.checkpoint)
+        img_size = args.img_size or trained.data_config['input_size'][-1]
         arrays = load_arrays(
-            args.dataset, 'test', data_dir=args.data_dir, img_size=args.img_size, input_key=args.input_key,
+            args.dataset, 'test', data_dir=args.data_dir, img_size=img_size, input_key=args.input_key,
             target_key=args.target_key)
         figures = evaluate(
             trained, arrays, device=args.device, batch_size=args.batch_size, tta_flip=args.tta_flip,

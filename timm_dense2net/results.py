@@ -162,7 +162,7 @@ def update_curves(run_dir: str | os.PathLike[str]) -> Path | None:
         return None
     for axes, (title, unit, best, lines) in zip(figure.subplots(1, 2), _PANELS):
         _draw_curves(axes, summary, lines, best)
-        axes.set(title=title, xlabel='epoch', ylabel=unit)
+        axes.set(title=title, xlabel='epochs trained', ylabel=unit)
     figure.suptitle(run_dir.resolve().name)
     save_figure(figure, run_dir / 'curves.png')
     return run_dir / 'curves.png'
@@ -172,13 +172,13 @@ def _draw_curves(axes: Axes, summary: Mapping[str, list[float]], lines: Sequence
     """Draws one panel; a circle marks each validation curve's best epoch, a number at the right its last value."""
     ends = []
     for column, label, color in lines:
-        points = [(epoch, y) for epoch, y in zip(summary['epoch'], summary.get(column, [])) if math.isfinite(y)]
+        points = [(epoch + 1, y) for epoch, y in zip(summary['epoch'], summary.get(column, [])) if math.isfinite(y)]
         if not points:
             continue
         epochs, values = zip(*points)
         if column.startswith('eval'):
             best_epoch, best_value = best(points, key=lambda point: point[1])
-            label = f'{label} (best {best_value:.2f}, epoch {best_epoch:.0f})'
+            label = f'{label} (best {best_value:.2f} after {best_epoch:.0f})'
             axes.plot([best_epoch], [best_value], 'o', color=color, markerfacecolor='white', markersize=6, zorder=3)
         axes.plot(epochs, values, color=color, label=label, linewidth=1.6, marker='.' if len(points) == 1 else None)
         ends.append((values[-1], epochs[-1], color))
@@ -376,7 +376,9 @@ def _draw_confusion_matrix(
     """Heat map of each true class's predictions in percent, classes of a superclass side by side."""
     num_classes = len(class_names)
     side = min(max(4., 0.15 * num_classes), 24.)
-    left, bottom, right, top = 1.6, 1.5, 1.5, 2.4 if superclass else 0.7
+    # Room for class names of 8 points, about 0.07 inches a letter, and the axes' titles.
+    left = bottom = 0.5 + 0.07 * max(map(len, class_names))
+    right, top = 1.5, 2.4 if superclass else 0.7
     width, height = left + side + right, bottom + side + top
     figure = new_figure(width, height)
     if figure is None:
