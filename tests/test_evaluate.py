@@ -11,6 +11,7 @@ from torch import nn
 import timm_dense2net  # noqa: F401
 from timm_dense2net.checkpoint import save_weights
 from timm_dense2net.classes import CIFAR100_CLASSES
+from timm_dense2net.convert import conversion_metadata, convert_res2net
 from timm_dense2net.data import ImageArrays, load_arrays
 from timm_dense2net.evaluate import CORRUPTIONS, FlipAverage, corrupt, cross_fit_calibration, evaluate, main
 from timm_dense2net.results import expected_calibration_error
@@ -239,6 +240,19 @@ def test_trained_models_carry_what_their_file_says(tmp_path):
     assert tuple(trained.data_config['mean']) == (0.4, 0.4, 0.3) and trained.model.num_classes == 2
     with pytest.raises(ValueError, match='does not fit densenet121_cifar'):
         load_trained('densenet121_cifar', path)
+    save_model(path, **full_metadata(model_args='{"growth": 12}'))
+    with pytest.raises(ValueError, match=f"does not fit {MODEL}: .* unexpected keyword argument 'growth'"):
+        load_trained(checkpoint=path)
+
+
+def test_a_converted_model_is_converted_again(tmp_path):
+    path = tmp_path / 'converted.safetensors'
+    torch.manual_seed(0)
+    model = convert_res2net(timm.create_model('resnet10t', num_classes=2), scale=2).eval()
+    save_weights(path, model.state_dict(), dict(model='resnet10t', **conversion_metadata(model)))
+    x = torch.randn(1, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(load_trained(checkpoint=path).model(x), model(x), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize('arguments, message', [

@@ -15,6 +15,7 @@ from timm.models import is_model
 
 from .checkpoint import load_weights
 from .classes import CIFAR100_CLASSES
+from .convert import METADATA_KEY, reapply_conversion
 from .hub import HUB_ERRORS, check_weights, explain_hub_error, one_line
 
 __all__ = ['TrainedModel', 'load_trained', 'load_pretrained_model', 'load_checkpoint_model']
@@ -94,10 +95,12 @@ def load_checkpoint_model(path: str | Path, name: str | None = None) -> TrainedM
     name = name or metadata.get('model')
     if name is None:
         raise ValueError(f'{path} does not say which model it is of: name it with --model')
-    model = _create_for(name, weights, json.loads(metadata.get('model_args', '{}')))
     try:
+        model = _create_for(name, weights, json.loads(metadata.get('model_args', '{}')))
+        if METADATA_KEY in metadata:
+            reapply_conversion(model, json.loads(metadata[METADATA_KEY]))
         model.load_state_dict(weights)
-    except RuntimeError as e:
+    except (RuntimeError, TypeError) as e:
         raise ValueError(f'{path} does not fit {name}: {one_line(e)}') from e
     overrides = {key: json.loads(metadata[key]) for key in ('input_size', 'mean', 'std') if key in metadata}
     class_names = json.loads(metadata['class_names']) if 'class_names' in metadata else None
