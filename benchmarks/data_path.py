@@ -1,7 +1,8 @@
 """Images per second of `BatchLoader` against torch's DataLoader with torchvision's transforms, on the same cores.
 
 Both make normalised float batches with flip, pad-and-crop and one cutout square. All ways are timed in turn, again and
-again, so that what else the machine does falls on all of them; DataLoader counts with its best number of workers.
+again, so that what else the machine does falls on all of them. BatchLoader counts with its best number of threads,
+DataLoader with its best number of workers.
 
     python benchmarks/data_path.py --output data_path.csv
 """
@@ -32,6 +33,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--data-dir', metavar='DIR', help='its root folder')
     parser.add_argument('--batch-size', type=int, default=128, metavar='N')
     parser.add_argument('--cores', type=int, default=2, metavar='N', help='cores that each way may use')
+    parser.add_argument('--threads', type=int, nargs='+', default=[1, 2], metavar='N', help="BatchLoader's, each tried")
     parser.add_argument('--workers', type=int, nargs='+', default=[0, 2], metavar='N', help="DataLoader's, each tried")
     parser.add_argument('--repeats', type=int, default=7, metavar='N')
     parser.add_argument('--images', type=int, default=10000, metavar='N', help='a repeat of the DataLoader')
@@ -78,7 +80,8 @@ def endless(make_epoch: Callable[[int], Iterator]) -> Iterator:
         epoch += 1
 
 
-def images_per_second(batches: Iterator, images: int) -> float:
+def images_per_second(batches: Iterator, images: int, threads: int) -> float:
+    torch.set_num_threads(threads)
     seen, start = 0, time.perf_counter()
     while seen < images:
         seen += len(next(batches)[1])
@@ -89,7 +92,6 @@ def main() -> None:
     args = parse_args()
     if hasattr(os, 'sched_setaffinity'):
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:args.cores])
-    torch.set_num_threads(args.cores)
     arrays = load_arrays(args.dataset, 'train', data_dir=args.data_dir) if args.dataset else random_arrays(50000)
     mean, std = dataset_stats(arrays)
     side = arrays.images.shape[2]
@@ -104,29 +106,31 @@ def main() -> None:
         transforms.Normalize(mean, std),
         Cutout(),
     ]))
-    ways = {'BatchLoader': (endless(loader.epoch), 10 * args.images)}
+    ways = {f'BatchLoader, {threads} threads': (endless(loader.epoch), 10 * args.images, threads)
+            for threads in args.threads}
     for workers in args.workers:
         other = DataLoader(
             theirs, args.batch_size, shuffle=True, drop_last=True, num_workers=workers, persistent_workers=workers > 0)
-        ways[f'DataLoader, {workers} workers'] = (endless(lambda _, other=other: iter(other)), args.images)
+        ways[f'DataLoader, {workers} workers'] = (endless(lambda _, other=other: iter(other)), args.images, 1)
 
     speeds: dict[str, list[float]] = {name: [] for name in ways}
     with tqdm(total=(args.repeats + 1) * len(ways)) as progress:
         for repeat in range(args.repeats + 1):
-            for name, (batches, images) in ways.items():
-                speed = images_per_second(batches, images)
+            for name, way in ways.items():
+                speed = images_per_second(*way)
                 if repeat:  # the first one warms up
                     speeds[name].append(speed)
                 progress.update()
 
     medians = {name: statistics.median(values) for name, values in speeds.items()}
-    best = max(median for name, median in medians.items() if name != 'BatchLoader')
+    best = {kind: max(median for name, median in medians.items() if name.startswith(kind))
+            for kind in ('BatchLoader', 'DataLoader')}
     print(f'\nFlip, crop and cutout of {side} x {side} images, batch {args.batch_size}, {args.cores} cores, '
           f'torch {torch.__version__}, {args.repeats} repeats\n')
     print('| way | images/s, median | lowest | highest |\n|---|---|---|---|')
     for name, values in speeds.items():
         print(f'| {name} | {medians[name]:,.0f} | {min(values):,.0f} | {max(values):,.0f} |')
-    ratio = medians['BatchLoader'] / best
+    ratio = best['BatchLoader'] / best['DataLoader']
     print(f'\nBatchLoader makes {ratio:.1f} times the images per second of the best DataLoader.')
     if args.output:
         with open(f'{args.output}.tmp', 'w', newline='', encoding='utf-8') as file:

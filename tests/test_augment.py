@@ -22,6 +22,7 @@ from timm_dense2net.augment import (
     mix_targets,
 )
 
+CPU = torch.device('cpu')
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
 
 
@@ -84,7 +85,7 @@ def test_crops_and_flips_are_distributed_as_torchvisions():
     count, padding = 8000, 2
     config = AugmentConfig(crop_padding=padding)
     draws = draw_images(config, count, (8, 8), np.random.default_rng(0))
-    got = BatchAugment(config, Normalize((0.5,), (0.5,), torch.device('cpu'))).pixels(
+    got = BatchAugment(config, Normalize((0.5,), (0.5,), CPU)).pixels(
         image.expand(count, 1, 8, 8).contiguous(), draws)
     torch.manual_seed(0)
     theirs = transforms.Compose([transforms.RandomCrop(8, padding), transforms.RandomHorizontalFlip()])
@@ -122,7 +123,7 @@ def test_draws_are_uniform_and_independent():
 def test_cutout_is_the_papers(length, holes, size):
     rng = np.random.default_rng(0)
     centres = rng.integers(size, size=(40, holes, 2))
-    got = cutout_mask(torch.from_numpy(centres), length, size)
+    got = cutout_mask(centres, length, size, CPU)
     assert got.shape == (40, 1, *size) and got.dtype == torch.float32
     for image, mask in zip(centres, got[:, 0].numpy()):
         expected = np.ones(size, np.float32)
@@ -138,7 +139,7 @@ def test_cutout_areas_are_distributed_as_the_papers():
     config = AugmentConfig(cutout_holes=1, cutout_length=8)
     count = 20000
     draws = draw_images(config, count, (32, 32), np.random.default_rng(2))
-    areas = (1. - cutout_mask(torch.from_numpy(draws.holes), 8, (32, 32))).sum((1, 2, 3)).int().numpy()
+    areas = (1. - cutout_mask(draws.holes, 8, (32, 32), CPU)).sum((1, 2, 3)).int().numpy()
     lengths = [min(centre + 4, 32) - max(centre - 4, 0) for centre in range(32)]
     expected = np.bincount([a * b for a in lengths for b in lengths], minlength=65) * (count / 32 ** 2)
     assert_same_frequencies(np.bincount(areas, minlength=65), expected)
@@ -148,9 +149,9 @@ def test_cutout_fills_with_the_mean():
     config = AugmentConfig(hflip=0., crop_padding=0, cutout_holes=1, cutout_length=8)
     images = random_images(64)
     draws = draw_images(config, 64, (32, 32), np.random.default_rng(0))
-    augment = BatchAugment(config, Normalize(MEAN, STD, torch.device('cpu')))
+    augment = BatchAugment(config, Normalize(MEAN, STD, CPU))
     assert torch.equal(augment.pixels(images, draws), images)
-    kept = cutout_mask(torch.from_numpy(draws.holes), 8, (32, 32)).bool()
+    kept = cutout_mask(draws.holes, 8, (32, 32), CPU).bool()
     got = augment.finish(images, draws)
     assert torch.equal(got, torch.where(kept, augment.normalize(images), torch.zeros(())))
     assert 0 < (~kept).sum() < kept.sum()
@@ -160,7 +161,7 @@ def test_cutout_fills_with_the_mean():
 def test_normalisation_is_torchvisions(channels):
     images = random_images(8, channels)
     expected = transforms.Normalize(MEAN[:channels], STD[:channels])(images.float() / 255.)
-    torch.testing.assert_close(Normalize(MEAN[:channels], STD[:channels], torch.device('cpu'))(images), expected)
+    torch.testing.assert_close(Normalize(MEAN[:channels], STD[:channels], CPU)(images), expected)
 
 
 class GivenDraws:
@@ -200,7 +201,7 @@ def test_auto_augment_is_torchvisions_for_every_operation(monkeypatch, channels,
         policy=cases[:, 0].astype(int), apply=cases[:, 1:3], negate=cases[:, 3:].astype(bool),
         flip=np.zeros(count, dtype=bool))
     config = AugmentConfig(hflip=0., crop_padding=0, auto_augment='cifar10')
-    augment = BatchAugment(config, Normalize(MEAN, STD, torch.device('cpu')))
+    augment = BatchAugment(config, Normalize(MEAN, STD, CPU))
     got = augment.pixels(images.clone(), draws)
     theirs = transforms.v2.AutoAugment(transforms.AutoAugmentPolicy.CIFAR10)
     for index, image in enumerate(images):
@@ -215,7 +216,7 @@ def test_auto_augment_does_not_depend_on_the_batch():
     config = AugmentConfig(auto_augment='cifar10')
     images = smooth_images(300)
     draws = draw_images(config, 300, (32, 32), np.random.default_rng(0))
-    augment = BatchAugment(config, Normalize(MEAN, STD, torch.device('cpu')))
+    augment = BatchAugment(config, Normalize(MEAN, STD, CPU))
     together = augment.pixels(images.clone(), draws)
     for part in (slice(0, 1), slice(1, 100), slice(100, 300)):
         assert torch.equal(augment.pixels(images[part].clone(), draws.take(part)), together[part])
@@ -226,7 +227,7 @@ def test_auto_augmented_images_are_distributed_as_torchvisions():
     image = smooth_images(1)
     config = AugmentConfig(hflip=0., crop_padding=0, auto_augment='cifar10')
     draws = draw_images(config, count, (32, 32), np.random.default_rng(0))
-    augment = BatchAugment(config, Normalize(MEAN, STD, torch.device('cpu')))
+    augment = BatchAugment(config, Normalize(MEAN, STD, CPU))
     got = augment.pixels(image.repeat(count, 1, 1, 1), draws)
     torch.manual_seed(0)
     theirs = transforms.v2.AutoAugment(transforms.AutoAugmentPolicy.CIFAR10)
@@ -242,7 +243,7 @@ def test_whole_pipeline_is_distributed_as_torchvisions():
     count = 6000
     image = random_images(1, height=8, width=8)
     config = AugmentConfig(crop_padding=1, cutout_holes=1, cutout_length=4)
-    augment = BatchAugment(config, Normalize(MEAN, STD, torch.device('cpu')))
+    augment = BatchAugment(config, Normalize(MEAN, STD, CPU))
     draws = draw_images(config, count, (8, 8), np.random.default_rng(0))
     got = augment.finish(augment.pixels(image.repeat(count, 1, 1, 1), draws), draws)
 

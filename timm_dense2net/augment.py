@@ -171,30 +171,32 @@ def crop_and_flip(images: torch.Tensor, crop: torch.Tensor, flip: torch.Tensor, 
     return both.index_select(0, torch.arange(batch, device=device) + batch * flip)
 
 
-def _boxes_over(start: torch.Tensor, stop: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+def _boxes_over(start: np.ndarray, stop: np.ndarray, size: tuple[int, int], device: torch.device) -> torch.Tensor:
     """Number of boxes over each pixel, B x 1 x H x W, of boxes [start, stop), B x boxes x 2 (rows, columns)."""
     sides = []
     for axis, length in enumerate(size):
-        position = torch.arange(length, device=start.device)
-        sides.append(((position >= start[..., axis:axis + 1]) & (position < stop[..., axis:axis + 1])).float())
+        position = np.arange(length)
+        inside = (position >= start[..., axis, None]) & (position < stop[..., axis, None])
+        sides.append(to_device(inside.astype(np.float32), device))
     return torch.bmm(sides[0].mT, sides[1]).unsqueeze(1)
 
 
-def cutout_mask(holes: torch.Tensor, length: int, size: tuple[int, int]) -> torch.Tensor:
+def cutout_mask(holes: np.ndarray, length: int, size: tuple[int, int], device: torch.device) -> torch.Tensor:
     """Mask of the squares of side ``length`` centred at ``holes``, clipped at the border.
 
     A square covers ``[centre - length // 2, centre - length // 2 + length)`` on each axis.
 
     Args:
-        holes: Row and column of the centres, B x holes x 2, int64.
+        holes: Row and column of the centres, B x holes x 2.
         length: Side in pixels.
         size: Height and width of the images.
+        device: Of the mask.
 
     Returns:
         float32, B x 1 x H x W: 0 in a square, 1 elsewhere.
     """
     start = holes - length // 2
-    return _boxes_over(start, start + length, size).lt_(1.)
+    return _boxes_over(start, start + length, size, device).lt_(1.)
 
 
 class _BatchAutoAugment(v2.AutoAugment):
@@ -293,8 +295,7 @@ class BatchAugment:
         """
         images = self.normalize(images)
         if self.config.cutout_holes:
-            holes = to_device(draws.holes, images.device)
-            images.mul_(cutout_mask(holes, self.config.cutout_length, images.shape[-2:]))
+            images.mul_(cutout_mask(draws.holes, self.config.cutout_length, images.shape[-2:], images.device))
         return images
 
 
@@ -310,8 +311,7 @@ def mix_images(images: torch.Tensor, partners: torch.Tensor, draws: MixDraws) ->
         float batch, B x C x H x W.
     """
     device = images.device
-    start, stop = to_device(draws.box, device).unsqueeze(2).unbind(1)
-    outside = 1. - _boxes_over(start, stop, images.shape[-2:])
+    outside = 1. - _boxes_over(draws.box[:, :1], draws.box[:, 1:], images.shape[-2:], device)
     return torch.lerp(partners, images, outside.mul_(to_device(draws.pixel_weight, device).view(-1, 1, 1, 1)))
 
 

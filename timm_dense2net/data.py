@@ -641,7 +641,8 @@ class BatchLoader:
         fetched = self._fetch([step.index[step.rows] for steps in groups for step in steps])
         for steps in groups:
             drawn = [self._draw(epoch, step, mixing) for step in steps]
-            pixels = torch.cat([next(fetched) for _ in steps])
+            pixels = [next(fetched) for _ in steps]
+            pixels = pixels[0] if len(pixels) == 1 else torch.cat(pixels)
             pixels = self.augment.pixels(pixels, ImageDraws.join([draws for draws, _ in drawn]))
             parts = pixels.split([len(step.rows) for step in steps])
             for step, part, (draws, mix) in zip(steps, parts, drawn):
