@@ -1,0 +1,205 @@
+"""The inference form equals the plain form in eval mode, whatever its weights, shapes, dtypes and surroundings."""
+import copy
+
+import pytest
+import timm
+import torch
+from timm.layers import convert_sync_batchnorm, freeze_batch_norm_2d
+from timm.utils import reparameterize_model
+
+import timm_dense2net
+from timm_dense2net.dense2net import Dense2Net
+from timm_dense2net.fused import FusedDenseBlock, norm_relu_as_clamp
+
+KINDS = {
+    'baseline': dict(scale=None),
+    's1': dict(scale=1),
+    's4': dict(scale=4),
+    's8': dict(scale=8, growth_rate=16),
+    'groups': dict(scale=4, cardinality=4),
+    'se': dict(scale=2, attn_layer='se'),
+    'drop_path': dict(scale=4, drop_path_rate=0.5),
+    'deep': dict(scale=4, stem_type='deep'),
+}
+
+
+def images(*shape, dtype=torch.float32):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(3), dtype=dtype)
+
+
+def settle(model):
+    """Norms as after training: weights of both signs and 0, running statistics of real activations."""
+    generator = torch.Generator().manual_seed(1)
+    norms = [m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    with torch.no_grad():
+        for m in norms:
+            m.weight.add_(0.4 * torch.randn(m.weight.shape, generator=generator, dtype=m.weight.dtype))
+            m.bias.add_(0.4 * torch.randn(m.bias.shape, generator=generator, dtype=m.bias.dtype))
+            m.weight[0], m.weight[-1] = 0., -0.7
+            m.momentum = None
+        model.train()
+        model(images(16, 3, 64, 64, dtype=next(model.parameters()).dtype))
+    return model.eval()
+
+
+def create(growth_rate=8, block_config=(2, 3, 2), **kwargs):
+    torch.manual_seed(0)
+    return settle(Dense2Net(growth_rate, block_config, num_classes=10, **kwargs))
+
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_equals_the_plain_form_in_float64(kind):
+    model = create(dtype=torch.float64, **KINDS[kind])
+    fused = reparameterize_model(model)
+    assert sum(isinstance(m, FusedDenseBlock) for m in fused.modules()) == 3
+    with torch.no_grad():
+        for shape in ((1, 3, 32, 32), (3, 3, 33, 47), (2, 3, 64, 35)):
+            x = images(*shape, dtype=torch.float64)
+            torch.testing.assert_close(fused(x), model(x), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize('name', ['dense2net121_s4', 'dense2net121_s8'])
+def test_float32_logits_of_the_full_nets(name):
+    torch.manual_seed(0)
+    model = settle(timm.create_model(name))
+    x = images(4, 3, 32, 32)
+    with torch.no_grad():
+        exact = copy.deepcopy(model).double()(x.double())
+        fused, plain = reparameterize_model(model)(x), model(x)
+    scale = exact.abs().max()
+    error, plain_error = (fused - exact).abs().max() / scale, (plain - exact).abs().max() / scale
+    assert error < 1e-5 + plain_error, f'{error:.2e}, plain form {plain_error:.2e}'
+
+
+def test_batch_larger_than_what_is_worked_on_at_a_time(monkeypatch):
+    model = create()
+    fused = reparameterize_model(model)
+    x = images(7, 3, 32, 32)
+    with torch.no_grad():
+        expected = fused(x)
+        monkeypatch.setattr(timm_dense2net.fused, 'CACHE_BYTES', 200_000)  # two images of the first block
+        torch.testing.assert_close(fused(x), expected)
+        assert fused(x[:0]).shape == (0, 10)
+
+
+@pytest.mark.parametrize(
+    'weight,bias', [(2., 1.), (-2., 1.), (0., 1.), (0., -1.), (1e-30, 1.), (1e-30, -1.), (-1e-42, 3.)])
+def test_clamp_of_one_channel(weight, bias):
+    norm = timm.layers.BatchNormAct2d(1).eval()
+    with torch.no_grad():
+        norm.weight.fill_(weight)
+        norm.bias.fill_(bias)
+        norm.running_mean.fill_(5.)
+        norm.running_var.fill_(4.)
+        x = torch.linspace(-50, 50, 1001)
+        lo, hi, scale, shift = (t.float() for t in norm_relu_as_clamp(norm))
+        y = scale * torch.clamp(x, lo, hi) + shift
+        assert y.isfinite().all()
+        torch.testing.assert_close(y, norm(x[None, None, :, None]).flatten(), rtol=1e-6, atol=1e-5)
+
+
+@pytest.mark.parametrize('channels_last', [False, True])
+def test_bfloat16_and_memory_format(channels_last):
+    model = create()
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    fused = reparameterize_model(model).to(memory_format=memory_format)
+    x = images(4, 3, 32, 32).to(memory_format=memory_format)
+    with torch.no_grad():
+        expected = model(x)
+        torch.testing.assert_close(fused(x), expected, rtol=1e-4, atol=1e-4)
+        bound = dict(rtol=0.1, atol=0.1 * expected.abs().max().item())
+        with torch.autocast('cpu', dtype=torch.bfloat16):
+            y = fused(x)
+        assert y.dtype == torch.bfloat16
+        torch.testing.assert_close(y.float(), expected, **bound)
+        y = fused.to(torch.bfloat16)(x.bfloat16())
+        assert y.dtype == torch.bfloat16
+        torch.testing.assert_close(y.float(), expected, **bound)
+
+
+def test_features_of_the_fused_net():
+    model = create()
+    fused = reparameterize_model(model)
+    x = images(2, 3, 32, 32)
+    with torch.no_grad():
+        expected = model.forward_intermediates(x)
+        torch.testing.assert_close(fused.forward_intermediates(x), expected, rtol=1e-4, atol=1e-4)
+        fused.prune_intermediate_layers([1])
+        torch.testing.assert_close(fused.forward_features(x), expected[1][1], rtol=1e-4, atol=1e-4)
+        for cls in ('dict', 'getter'):
+            net = timm.create_model('dense2net40_k12_s4', features_only=True, feature_cls=cls).eval()
+            torch.testing.assert_close(reparameterize_model(net)(x), net(x), rtol=1e-4, atol=1e-4)
+
+
+def test_traced_forms():
+    model = create()
+    fused = reparameterize_model(model)
+    x = images(2, 3, 32, 32)
+    with torch.no_grad():
+        expected = model(x)
+        close = dict(rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(torch.jit.script(fused)(x), expected, **close)
+        torch.testing.assert_close(torch.jit.trace(fused, x)(x), expected, **close)
+        torch.testing.assert_close(torch.fx.symbolic_trace(fused)(x), expected, **close)
+        torch.testing.assert_close(torch.export.export(fused, (x,)).module()(x), expected, **close)
+        torch.testing.assert_close(torch.compile(fused, fullgraph=True, backend='aot_eager')(x), expected, **close)
+        torch.testing.assert_close(copy.deepcopy(fused)(x), expected, **close)
+
+
+def test_gradient_reaches_the_input():
+    model = create(dtype=torch.float64)
+    fused = reparameterize_model(model)
+    x1, x2 = (images(2, 3, 32, 32, dtype=torch.float64).requires_grad_() for _ in range(2))
+    model(x1).square().sum().backward()
+    fused(x2).square().sum().backward()
+    torch.testing.assert_close(x1.grad, x2.grad)
+    assert not fused(images(2, 3, 32, 32, dtype=torch.float64)).isnan().any()  # grad mode on, nothing to differentiate
+
+
+@pytest.mark.parametrize('kwargs', [dict(act_layer='silu'), dict(norm_layer='layernorm2d')])
+def test_other_layers_stay_plain(kwargs):
+    torch.manual_seed(0)
+    model = Dense2Net(8, (2, 2), num_classes=10, **kwargs).eval()
+    fused = reparameterize_model(model)
+    assert not any('Fused' in type(m).__name__ for m in fused.modules())
+    x = images(2, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(fused(x), model(x), rtol=0, atol=0)
+
+
+def test_other_batch_norms_fuse():
+    model = create()
+    x = images(2, 3, 32, 32)
+    with torch.no_grad():
+        expected = model(x)
+        for convert in (convert_sync_batchnorm, freeze_batch_norm_2d):
+            fused = reparameterize_model(convert(copy.deepcopy(model)))
+            assert sum(isinstance(m, FusedDenseBlock) for m in fused.modules()) == 3
+            # sync batch norm has no CPU forward of its own, so the final norm is taken from the plain net
+            fused.features.norm5 = model.features.norm5
+            torch.testing.assert_close(fused(x), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_fusing_leaves_the_plain_net_as_it_is():
+    model = create(attn_layer='se')
+    state = copy.deepcopy(model.state_dict())
+    reparameterize_model(model)
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), state.values()))
+    assert all(p.requires_grad for p in model.parameters())
+    block = model.features.denseblock1
+    block.fuse()
+    assert all(p.requires_grad for p in block.parameters())
+
+
+def test_state_of_the_fused_net_round_trips():
+    fused = reparameterize_model(create())
+    other = reparameterize_model(Dense2Net(8, (2, 3, 2), num_classes=10).eval())
+    other.load_state_dict(fused.state_dict())
+    x = images(2, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(other(x), fused(x), rtol=0, atol=0)
+
+
+def test_meta_device():
+    fused = reparameterize_model(timm.create_model('dense2net121_s8', device='meta').eval())
+    assert fused(torch.empty(2, 3, 32, 32, device='meta')).shape == (2, 100)
