@@ -12,6 +12,7 @@ from pathlib import Path
 # Command -> module of this package whose main(argv) runs it.
 COMMANDS = {
     'evaluate': 'evaluate',
+    'models': 'listing',
     'predict': 'predict',
     'publish': 'publish',
     'report': 'report',
