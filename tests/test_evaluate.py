@@ -281,6 +281,7 @@ def test_what_cannot_be_loaded_is_one_message(folder, tmp_path, capsys):
             (['--model', 'dense2net1_s8', '--pretrained', '--dataset', 'digits'], 'dense2net1_s8: Unknown model'),
             (['--model', 'dense2net1', '--checkpoint', str(whole), '--dataset', 'digits'], "no model 'dense2net1'"),
             (['--model', 'dense2net121d_s4', '--pretrained', '--dataset', 'digits'], 'No pretrained weights exist'),
+            (['--checkpoint', str(whole), '--dataset', 'digits', '--device', 'abacus'], '--device abacus: '),
     ]:
         assert main(arguments) == 2
         err = capsys.readouterr().err.splitlines()

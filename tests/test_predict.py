@@ -211,6 +211,7 @@ def test_a_model_that_cannot_be_used_is_one_message(pictures, tmp_path, capsys):
             (['--model', 'dense2net121d_s8'], 'No pretrained weights exist'),
             (['--model', f'local-dir:{tmp_path}'], 'Config file not found'),
             (['--checkpoint', str(tmp_path / 'none.safetensors')], 'no weights at'),
+            (['--model', MODEL, '--device', 'abacus'], '--device abacus: '),
     ]:
         assert main([str(pictures), *arguments]) == 2
         err = capsys.readouterr().err

@@ -23,6 +23,7 @@ from torchvision.transforms.v2 import functional as F
 from tqdm import tqdm
 
 from .data import BatchLoader, ImageArrays, load_arrays
+from .distributed import start_processes
 from .engine import predict
 from .results import expected_calibration_error, fit_temperature, replace_file
 from .trained import TrainedModel, load_trained
@@ -238,7 +239,7 @@ def _build_parser() -> argparse.ArgumentParser:
     parser.add_argument('--target-key', metavar='NAME', help='label column of a Hugging Face data set')
     parser.add_argument('--img-size', type=int, metavar='N', help="side to resize the images to (the model's)")
     parser.add_argument('-b', '--batch-size', type=int, default=256, metavar='N')
-    parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
+    parser.add_argument('--device', metavar='NAME', help='cpu, cuda, ... (cuda where there is one)')
     parser.add_argument('--tta-flip', action='store_true', help='also average the logits of each image and its mirror')
     parser.add_argument('--calibration', action='store_true', help='also print the expected calibration error')
     parser.add_argument('--corruptions', action='store_true', help='also evaluate under noise, blur, contrast and JPEG')
@@ -258,13 +259,14 @@ def main(argv: list[str] | None = None) -> int:
     if args.batch_size < 1:
         parser.error(f'--batch-size must be at least 1, got {args.batch_size}')
     try:
+        device = start_processes(args.device).device
         trained = load_trained(args.model, args.checkpoint)
         img_size = args.img_size or trained.data_config['input_size'][-1]
         arrays = load_arrays(
             args.dataset, 'test', data_dir=args.data_dir, img_size=img_size, input_key=args.input_key,
             target_key=args.target_key)
         figures = evaluate(
-            trained, arrays, device=args.device, batch_size=args.batch_size, tta_flip=args.tta_flip,
+            trained, arrays, device=device, batch_size=args.batch_size, tta_flip=args.tta_flip,
             calibration=args.calibration, corruptions=args.corruptions, seed=args.seed)
         print(format_figures(figures))
         if args.output:

@@ -24,6 +24,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from timm.data import create_transform, get_img_extensions
 from tqdm import tqdm
 
+from .distributed import start_processes
 from .results import replace_file
 from .trained import TrainedModel, load_trained
 
@@ -211,7 +212,7 @@ def _build_parser() -> argparse.ArgumentParser:
     parser.add_argument('--format', choices=_FORMATS, default='table', help='(%(default)s)')
     parser.add_argument('--output', type=Path, metavar='FILE', help='write there and not to the screen')
     parser.add_argument('-b', '--batch-size', type=int, default=64, metavar='N', help='(%(default)s)')
-    parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu', help='(%(default)s)')
+    parser.add_argument('--device', metavar='NAME', help='cpu, cuda, ... (cuda where there is one)')
     return parser
 
 
@@ -223,10 +224,11 @@ def main(argv: list[str] | None = None) -> int:
         if getattr(args, name) < 1:
             parser.error(f'--{name.replace("_", "-")} must be at least 1, got {getattr(args, name)}')
     try:
+        device = start_processes(args.device).device
         trained = load_trained(args.model or (None if args.checkpoint else _default_model()), args.checkpoint)
         sources = list(find_images(args.images))
         predictions = list(tqdm(
-            predict_images(trained, sources, topk=args.topk, batch_size=args.batch_size, device=args.device),
+            predict_images(trained, sources, topk=args.topk, batch_size=args.batch_size, device=device),
             total=len(sources), desc='predict', leave=False))
         text = _FORMATS[args.format](predictions)
         if args.output:
