@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -119,7 +120,6 @@ def draw_mix(config: AugmentConfig, count: int, size: tuple[int, int], rng: np.r
     use_cutmix = rng.random(count) < (config.mixup_switch_prob if config.mixup > 0. else 1.)
     if config.cutmix == 0.:
         use_cutmix[:] = False
-    # Both are drawn so that the number of draws never depends on an outcome.
     beta = np.where(
         use_cutmix,
         rng.beta(config.cutmix or 1., config.cutmix or 1., count),
@@ -210,29 +210,34 @@ class _BatchAutoAugment(v2.AutoAugment):
         self.policies = self._policies
 
     def forward(self, images: torch.Tensor, draws: ImageDraws) -> torch.Tensor:
-        height, width = images.shape[-2:]
         for stage in range(2):
-            groups: dict[tuple[str, float], list[int]] = {}
+            groups: dict[tuple[str, int | None, bool], list[int]] = {}
             for row, policy in enumerate(draws.policy.tolist()):
                 name, probability, level = self.policies[policy][stage]
                 if draws.apply[row, stage] <= probability:
-                    magnitude = self._magnitude(name, level, height, width, draws.negate[row, stage])
-                    groups.setdefault((name, magnitude), []).append(row)
-            for (name, magnitude), rows in groups.items():
+                    signed = self._AUGMENTATION_SPACE[name][1]
+                    key = name, level, bool(signed and draws.negate[row, stage])
+                    groups.setdefault(key, []).append(row)
+            for (name, level, negate), rows in groups.items():
+                magnitude = self._magnitude(name, level, *images.shape[-2:])
                 index = to_device(np.array(rows), images.device)
                 group = self._apply_image_or_video_transform(
-                    images.index_select(0, index), name, magnitude, interpolation=self.interpolation, fill=self._fill)
+                    images.index_select(0, index),
+                    name,
+                    -magnitude if negate else magnitude,
+                    interpolation=self.interpolation,
+                    fill=self._fill,
+                )
                 images.index_copy_(0, index, group)
         return images
 
-    def _magnitude(self, name: str, level: int | None, height: int, width: int, negate: bool) -> float:
-        magnitudes, signed = self._AUGMENTATION_SPACE[name]
-        if level is None:
-            return 0.
-        magnitude = float(magnitudes(10, height, width)[level])
-        return -magnitude if signed and negate else magnitude
+    def _magnitude(self, name: str, level: int | None, height: int, width: int) -> float:
+        """Magnitude of an operation at one of the policy's ten levels; 0 for operations that have none."""
+        magnitudes, _ = self._AUGMENTATION_SPACE[name]
+        return 0. if level is None else float(magnitudes(10, height, width)[level])
 
 
+@lru_cache
 def _auto_augment(name: str) -> _BatchAutoAugment:
     return _BatchAutoAugment(_AUTO_AUGMENT_POLICIES[name])
 
