@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import importlib.util
+import json
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
@@ -253,7 +254,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def _check_unchanged(args: argparse.Namespace, parser: argparse.ArgumentParser, saved: Path) -> None:
     for name in vars(args).keys() - _MAY_CHANGE - set(_NOT_SAVED):
-        before, now = parser.get_default(name), getattr(args, name)
+        # YAML makes lists of tuples.
+        before, now = (json.loads(json.dumps(value)) for value in (parser.get_default(name), getattr(args, name)))
         if before != now:
             raise ValueError(
                 f'{saved.parent} was started with {name} {before}, it cannot go on with {now}: begin a new run, if need'

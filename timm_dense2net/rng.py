@@ -1,7 +1,6 @@
 """The random states a process depends on, as tensors that can be saved."""
 from __future__ import annotations
 
-import math
 import random
 
 import numpy as np
@@ -19,7 +18,7 @@ def rng_state(device: torch.device) -> dict[str, torch.Tensor]:
         numpy_keys=torch.from_numpy(keys.astype(np.int64)),
         numpy_rest=torch.tensor([position, has_gauss, cached_gaussian], dtype=torch.double),
         python_internal=torch.tensor([version, *internal]),
-        python_gauss=torch.tensor(math.nan if gauss_next is None else gauss_next, dtype=torch.double),
+        python_gauss=torch.tensor([] if gauss_next is None else [gauss_next], dtype=torch.double),
     )
     if device.type != 'cpu':
         state['device'] = torch.get_device_module(device).get_rng_state(device)
@@ -33,7 +32,6 @@ def set_rng_state(state: dict[str, torch.Tensor], device: torch.device) -> None:
     np.random.set_state(
         ('MT19937', state['numpy_keys'].numpy().astype(np.uint32), int(position), int(has_gauss), cached_gaussian))
     version, *internal = state['python_internal'].tolist()
-    gauss_next = state['python_gauss'].item()
-    random.setstate((version, tuple(internal), None if math.isnan(gauss_next) else gauss_next))
+    random.setstate((version, tuple(internal), next(iter(state['python_gauss'].tolist()), None)))
     if device.type != 'cpu' and 'device' in state:
         torch.get_device_module(device).set_rng_state(state['device'], device)

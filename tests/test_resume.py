@@ -1,0 +1,249 @@
+"""A run that is killed, stopped or finds its files damaged goes on to the same end, bit for bit."""
+import os
+import random
+import resource
+import signal
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from training_runs import (
+    arguments, assert_same_run, finish, kill, read_state, read_summary_rows, run_here, start, wait_for)
+
+from timm_dense2net.checkpoint import CHECKPOINT_FILE, PREVIOUS_FILE
+from timm_dense2net.options import parse_args
+
+
+@pytest.fixture(scope='module')
+def reference(tmp_path_factory):
+    """A run that nothing interrupted."""
+    output = tmp_path_factory.mktemp('reference')
+    assert finish(start(arguments(output), output / 'log')) == 0, (output / 'log').read_text()
+    return output / 'run'
+
+
+def complete(output, *more):
+    """Goes on with a run to its end."""
+    process = start(arguments(output, '--resume', 'auto', *more), output / 'log')
+    assert finish(process) == 0, (output / 'log').read_text()
+    return output / 'run'
+
+
+def test_killed_at_random_moments(tmp_path, reference):
+    """Any moment: while data is loaded, in a step, in evaluation, in a write."""
+    draw, kills = random.Random(0), 0
+    for _ in range(20):
+        process = start(arguments(tmp_path, '--resume', 'auto'), tmp_path / 'log', _pause_in_fsync)
+        process.join(draw.uniform(0.2, 1.5))
+        if process.exitcode is not None:
+            assert process.exitcode == 0
+            break
+        kill(process)
+        kills += 1
+    assert kills > 2
+    assert_same_run(complete(tmp_path), reference)
+
+
+def _pause_in_fsync():
+    """Makes every synced write last, the file being there under its temporary name."""
+    fsync = os.fsync
+
+    def slow(descriptor):
+        time.sleep(0.02)
+        fsync(descriptor)
+    os.fsync = slow
+
+
+def _pause_in_replace():
+    """Makes a pause before and after every rename of a checkpoint."""
+    replace = os.replace
+
+    def slow(source, target):
+        pause = 0.02 if 'checkpoint' in str(source) else 0
+        time.sleep(pause)
+        replace(source, target)
+        time.sleep(pause)
+    os.replace = slow
+
+
+@pytest.mark.parametrize('moment', ['writing', 'written', 'between_renames', 'renamed'])
+def test_killed_while_a_checkpoint_is_written(tmp_path, reference, moment):
+    path = tmp_path / 'run' / CHECKPOINT_FILE
+    previous, temporary = path.with_name(PREVIOUS_FILE), path.with_name(f'.{CHECKPOINT_FILE}.tmp')
+    happened = {
+        'writing': lambda: previous.exists() and temporary.exists() and path.exists(),
+        'written': lambda: previous.exists() and temporary.exists() and path.exists(),
+        'between_renames': lambda: previous.exists() and temporary.exists() and not path.exists(),
+        'renamed': lambda: previous.exists() and path.exists() and not temporary.exists(),
+    }[moment]
+    prepare = _pause_in_fsync if moment == 'writing' else _pause_in_replace
+    for _ in range(2):
+        process = start(arguments(tmp_path, '--resume', 'auto'), tmp_path / 'log', prepare)
+        assert wait_for(happened, process)
+        kill(process)
+        assert happened()
+    assert_same_run(complete(tmp_path), reference)
+
+
+def interrupted(output):
+    """A run killed in mid-epoch, its last state and the one before it being whole."""
+    process = start(arguments(output), output / 'log', _pause_in_fsync)
+    assert wait_for(lambda: (output / 'run' / PREVIOUS_FILE).exists() and (output / 'run' / 'best.safetensors').exists(),
+                    process)
+    kill(process)
+    return output / 'run' / CHECKPOINT_FILE
+
+
+def _cut(path):
+    data = path.read_bytes()
+    path.write_bytes(data[:len(data) // 2])
+
+
+def _flip_a_bit(path):
+    data = bytearray(path.read_bytes())
+    data[-1000] ^= 1
+    path.write_bytes(data)
+
+
+def _empty(path):
+    path.write_bytes(b'')
+
+
+@pytest.mark.parametrize('damage', [_cut, _flip_a_bit, _empty, Path.unlink])
+def test_damaged_checkpoint_falls_back_on_the_one_before(tmp_path, reference, damage):
+    damage(interrupted(tmp_path))
+    assert_same_run(complete(tmp_path), reference)
+    if damage is not Path.unlink:
+        assert 'using checkpoint-prev.safetensors instead' in (tmp_path / 'log').read_text()
+
+
+def test_no_whole_checkpoint_is_one_message(tmp_path, capsys):
+    path = interrupted(tmp_path)
+    _cut(path)
+    _flip_a_bit(path.with_name(PREVIOUS_FILE))
+    before = sorted(path.parent.iterdir())
+    assert run_here(arguments(tmp_path, '--resume', 'auto')) == 1
+    error = capsys.readouterr().err
+    assert error.count('error:') == 1 and CHECKPOINT_FILE in error and PREVIOUS_FILE in error and 'SHA-256' in error
+    assert sorted(path.parent.iterdir()) == before
+
+
+@pytest.mark.parametrize('signum', [signal.SIGTERM, signal.SIGINT])
+def test_signal_saves_and_ends(tmp_path, reference, signum):
+    process = start(arguments(tmp_path, '--checkpoint-interval', '0'), tmp_path / 'log', _pause_in_fsync)
+    assert wait_for((tmp_path / 'run' / 'summary.csv').exists, process)
+    os.kill(process.pid, signum)
+    assert finish(process) == 128 + signum
+    assert f'{signum.name}: the state is saved' in (tmp_path / 'log').read_text()
+    state = read_state(tmp_path / 'run')
+    assert state['position']['updates'] and not (tmp_path / 'run' / 'result.json').exists()
+    assert_same_run(complete(tmp_path, '--checkpoint-interval', '0'), reference)
+
+
+def test_loss_that_is_not_finite(tmp_path, capsys):
+    """The step is named, and the last good state stays."""
+    argv = arguments(tmp_path, '--lr', '1e20', '--log-interval', '1')
+    assert run_here(argv) == 1
+    error = capsys.readouterr().err
+    assert 'the loss is' in error and 'epoch 1, step 2 of 5' in error and 'Traceback' not in error
+    state = read_state(tmp_path / 'run')
+    assert all(tensor.isfinite().all() for tensor in state['model'].values())
+    assert not list((tmp_path / 'run').glob('.*'))
+
+
+def test_weight_that_is_not_finite_is_not_saved(tmp_path, capsys):
+    """The weights break one step before the loss shows it, just where a state would be saved."""
+    argv = arguments(tmp_path, '--lr', '1e38', '--weight-decay', '1e6', '--checkpoint-interval', '1')
+    assert run_here(argv) == 1
+    assert 'is not finite' in capsys.readouterr().err
+    assert all(tensor.isfinite().all() for tensor in read_state(tmp_path / 'run')['model'].values())
+
+
+def _limit_files():
+    """Writes beyond 100 kB fail, as on a full disk."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
+
+
+def test_write_that_fails_loses_nothing(tmp_path, reference):
+    before = interrupted(tmp_path).read_bytes()
+    process = start(arguments(tmp_path, '--resume', 'auto'), tmp_path / 'log', _limit_files)
+    assert finish(process) == 1
+    log = (tmp_path / 'log').read_text()
+    assert log.count('error:') == 1 and 'File too large' in log and '--resume' in log
+    assert (tmp_path / 'run' / CHECKPOINT_FILE).read_bytes() == before
+    assert_same_run(complete(tmp_path), reference)
+
+
+def _drop_privileges():
+    if os.geteuid() == 0:
+        # Another user may not be let into the folders that modules are still to be imported from.
+        parse_args(arguments('output'))
+        os.seteuid(65534)
+
+
+def test_read_only_folder_is_one_message(tmp_path):
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o555)
+        process = start(arguments(folder), tmp_path / 'log', _drop_privileges)
+        assert finish(process) == 1
+        assert not os.listdir(folder)
+    log = (tmp_path / 'log').read_text()
+    assert log.count('error:') == 1 and 'Permission denied' in log and 'epoch' not in log
+
+
+def test_resume_by_folder_keeps_the_arguments(tmp_path, reference):
+    interrupted(tmp_path)
+    # Rows of epochs that are trained again are replaced.
+    with open(tmp_path / 'run' / 'summary.csv', 'a') as f:
+        f.write('7,1,1,1,1,1,1,1,1\n')
+    process = start(['--resume', str(tmp_path / 'run')], tmp_path / 'log')
+    assert finish(process) == 0, (tmp_path / 'log').read_text()
+    assert_same_run(tmp_path / 'run', reference)
+    assert yaml.safe_load((tmp_path / 'run' / 'args.yaml').read_text())['drop'] == 0.2
+
+
+def test_resume_may_last_longer_but_not_learn_otherwise(tmp_path, reference, capsys):
+    path = interrupted(tmp_path)
+    assert run_here(['--resume', path.parent, '--lr', '0.5']) == 2
+    error = capsys.readouterr().err
+    assert 'lr 0.05' in error and '0.5' in error
+    process = start(['--resume', str(path.parent), '--epochs', '4'], tmp_path / 'log')
+    assert finish(process) == 0, (tmp_path / 'log').read_text()
+    rows = read_summary_rows(path.parent)
+    assert len(rows) == 4 and rows[:3] == read_summary_rows(reference)
+
+
+def test_run_that_is_there_is_not_overwritten(tmp_path, reference, capsys):
+    assert run_here(arguments(reference.parent)) == 1
+    assert 'already holds a run' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('path, message', [('nowhere', 'no run is there'), ('.', 'no run is there')])
+def test_resume_of_nothing_is_one_message(tmp_path, monkeypatch, capsys, path, message):
+    monkeypatch.chdir(tmp_path)
+    assert run_here(['--resume', path]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_state_of_other_data_is_refused(tmp_path, capsys):
+    path = interrupted(tmp_path)
+    assert read_state(path.parent)['position']['batches_done']
+    assert run_here(['--resume', path.parent, '-b', '64']) == 1
+    assert 'an epoch of 5 batches, now an epoch has 22' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('sched, amp_dtype', [('cosine', 'bfloat16'), ('none', 'float16')])
+def test_other_schedules_and_half_precision_resume_exactly(tmp_path, sched, amp_dtype):
+    more = [
+        '--model', 'dense2net40_k12_s4', '--model-kwargs', 'block_config=[1, 1, 1]', '--sched', sched, '--amp',
+        '--amp-dtype', amp_dtype, '--channels-last', '--epochs', '2']
+    more += ['--sched-on-updates', '--warmup-epochs', '1'] if sched == 'cosine' else []
+    assert finish(start(arguments(tmp_path, *more, name='reference'), tmp_path / 'log')) == 0
+    process = start(arguments(tmp_path, *more), tmp_path / 'log', _pause_in_fsync)
+    assert wait_for((tmp_path / 'run' / PREVIOUS_FILE).exists, process)
+    kill(process)
+    assert (read_state(tmp_path / 'run')['scaler'] is not None) == (amp_dtype == 'float16')
+    assert_same_run(complete(tmp_path, *more), tmp_path / 'reference')
