@@ -1,0 +1,281 @@
+"""Time and memory of Dense2Net beside the slides' plain code and timm's relatives, on whichever device is there.
+
+    python benchmarks/speed.py --output results/speed
+    python benchmarks/speed.py --scale 8 --batches 1 64 --train-batch 32 --rounds 5 --only deck ours fused
+
+All networks of one measurement take turns within every round, so that what else the machine does meets all of them; a
+ratio is the median over the rounds of a network's time over the slides' network's in the same round. Memory and the
+first call are measured in a process of their own for each network. Writes speed.md, speed.csv and speed.png.
+"""
+import argparse
+import csv
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any, Callable, Dict, List, Tuple
+
+import timm
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from timm.utils import reparameterize_model
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
+
+import timm_dense2net  # noqa: F401
+from reference import PlainDense2Net
+
+DEVICE = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
+CONTENDERS = {
+    'deck': "the slides' plain code",
+    'deck-bf16': "the slides' plain code, bfloat16 autocast, channels_last",
+    'ours': 'this package, as created',
+    'ours-bf16': 'this package, bfloat16 autocast, channels_last',
+    'ours-ckpt': 'this package, gradient checkpointing',
+    'fused': 'this package, reparameterize_model',
+    'compiled': 'this package, torch.compile',
+    'densenet121': "timm's densenet121, 3x3 stride-1 stem",
+    'res2net50': "timm's res2net50_26w_4s at equal input",
+}
+FORWARD_ONLY = ('fused',)
+TRAIN_ONLY = ('ours-ckpt',)
+COLUMNS = ['mode', 'batch', 'network', 'ms', 'ratio', 'images_per_s', 'ceiling_share', 'first_call_s', 'peak_mb']
+
+
+def create(name: str, scale: int) -> nn.Module:
+    torch.manual_seed(0)
+    if name == 'densenet121':
+        model = timm.create_model('densenet121', num_classes=100)
+        model.features.conv0 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
+        model.features.norm0, model.features.pool0 = nn.Identity(), nn.Identity()
+    elif name == 'res2net50':
+        model = timm.create_model('res2net50_26w_4s', num_classes=100)
+    else:
+        model = timm.create_model(f'dense2net121_s{scale}')
+        if name.startswith('deck'):
+            plain = PlainDense2Net(scale=scale)
+            plain.load_from_dense2net(model.state_dict())
+            model = plain
+    return model.to(DEVICE)
+
+
+def step_of(name: str, mode: str, batch: int, scale: int) -> Tuple[nn.Module, Callable[[], Any]]:
+    """The network and one call of what is timed: a forward pass, or a training step on a fixed batch."""
+    model = create(name, scale)
+    x, target = torch.randn(batch, 3, 32, 32, device=DEVICE), torch.randint(100, (batch,), device=DEVICE)
+    half = name.endswith('bf16')
+    if half:
+        model, x = model.to(memory_format=torch.channels_last), x.to(memory_format=torch.channels_last)
+    if name == 'ours-ckpt':
+        model.set_grad_checkpointing()
+    if name == 'fused':
+        model = reparameterize_model(model.eval())
+    run = torch.compile(model) if name == 'compiled' else model
+    model.train(mode == 'train')
+
+    def forward() -> torch.Tensor:
+        with torch.inference_mode(), torch.autocast(DEVICE.type, torch.bfloat16, enabled=half):
+            return run(x)
+
+    if mode == 'forward':
+        return model, forward
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=1e-4)
+
+    def train() -> None:
+        optimizer.zero_grad()
+        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=half):
+            loss = F.cross_entropy(run(x), target)
+        loss.backward()
+        optimizer.step()
+
+    return model, train
+
+
+def seconds(step: Callable[[], Any]) -> float:
+    synchronize = torch.cuda.synchronize if DEVICE.type == 'cuda' else lambda: None
+    synchronize()
+    start = time.perf_counter()
+    step()
+    synchronize()
+    return time.perf_counter() - start
+
+
+def probe(name: str, mode: str, batch: int, scale: int) -> Dict[str, float]:
+    """First-call time, and peak memory above that of the process with the network and its batch in it."""
+    model, step = step_of(name, mode, batch, scale)
+    if DEVICE.type == 'cuda':
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        first = seconds(step)
+        peak = torch.cuda.max_memory_allocated() - before
+    else:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        first = seconds(step)
+        peak = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+    return dict(first_call_s=first, peak_mb=peak / 2**20)
+
+
+def probe_in_process(name: str, mode: str, batch: int, scale: int) -> Dict[str, float]:
+    command = [sys.executable, __file__, '--probe', json.dumps([name, mode, batch, scale])]
+    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return json.loads(output.splitlines()[-1])
+
+
+def machine_rates(dtype: torch.dtype) -> Tuple[float, float]:
+    """Operations a second of a large matrix product, and bytes a second of a copy: the best of 5 each."""
+    n = 8192 if DEVICE.type == 'cuda' else 2048
+    a, b = (torch.randn(n, n, device=DEVICE, dtype=dtype) for _ in range(2))
+    flops = 2 * n ** 3 / min(seconds(lambda: a @ b) for _ in range(5))
+    source = torch.empty(2 ** 28, dtype=torch.uint8, device=DEVICE)
+    target = torch.empty_like(source)
+    return flops, 2 * source.numel() / min(seconds(lambda: target.copy_(source)) for _ in range(5))
+
+
+def count_work(model: nn.Module, mode: str, batch: int) -> Tuple[float, float]:
+    """Operations, and the bytes of float32 that every convolution and linear layer reads and writes, of one step."""
+    moved = 0
+
+    def add_bytes(module: nn.Module, args: Tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        nonlocal moved
+        moved += 4 * (args[0].numel() + output.numel() + module.weight.numel())
+
+    hooks = [
+        m.register_forward_hook(add_bytes) for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model.eval()(torch.randn(1, 3, 32, 32, device=DEVICE))
+    for hook in hooks:
+        hook.remove()
+    passes = 3 if mode == 'train' else 1  # backward computes the gradients of inputs and of weights
+    return passes * batch * counter.get_total_flops(), passes * batch * moved
+
+
+def measure(
+        mode: str,
+        batch: int,
+        names: List[str],
+        scale: int,
+        rounds: int,
+        rates: Dict[bool, Tuple[float, float]],
+) -> List[Dict[str, Any]]:
+    skipped = TRAIN_ONLY if mode == 'forward' else FORWARD_ONLY
+    names = [n for n in names if n not in skipped]
+    probes = {n: probe_in_process(n, mode, batch, scale) for n in tqdm(names, desc=f'{mode} {batch}: memory')}
+    work = {n: count_work(create(n, scale), mode, batch) for n in names}
+    steps = {n: step_of(n, mode, batch, scale)[1] for n in names}
+    for step in steps.values():  # compilation and the allocator's growth are no part of a step
+        step()
+        step()
+    times: Dict[str, List[float]] = {n: [] for n in names}
+    for _ in tqdm(range(rounds), desc=f'{mode} {batch}: time'):
+        for name, step in steps.items():
+            times[name].append(seconds(step))
+    rows = []
+    for name in names:
+        median = statistics.median(times[name])
+        flop_rate, byte_rate = rates[name.endswith('bf16')]
+        ceiling = work[name][0] / flop_rate
+        if DEVICE.type == 'cuda':
+            ceiling = max(ceiling, work[name][1] / byte_rate / (2 if name.endswith('bf16') else 1))
+        ratio = statistics.median(ref / t for ref, t in zip(times['deck'], times[name]))
+        rows.append(dict(
+            mode=mode, batch=batch, network=name, ms=1e3 * median, ratio=ratio, images_per_s=batch / median,
+            ceiling_share=ceiling / median, **probes[name]))
+    return rows
+
+
+def machine() -> str:
+    if DEVICE.type == 'cuda':
+        return torch.cuda.get_device_name()
+    cpu = platform.processor() or platform.machine()
+    if os.path.exists('/proc/cpuinfo'):
+        with open('/proc/cpuinfo') as f:
+            cpu = next((line.split(':')[1].strip() for line in f if line.startswith('model name')), cpu)
+    return f'{torch.get_num_threads()} threads of {cpu}'
+
+
+def write(path: Path, text: str) -> None:
+    temporary = path.with_name(path.name + '.tmp')
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
+def write_tables(rows: List[Dict[str, Any]], scale: int, rounds: int, rates: Tuple[float, float], out: Path) -> str:
+    lines = [
+        f'dense2net121_s{scale} on {machine()}, torch {torch.__version__}, {rounds} interleaved rounds; a large '
+        f'float32 matrix product runs at {rates[0] / 1e9:.0f} GFLOP/s, a copy at {rates[1] / 1e9:.1f} GB/s.',
+        '',
+        '| step | batch | network | median ms | times the slides\' speed | images/s | share of ceiling | first call s '
+        '| peak MiB |',
+        '|---|--:|---|--:|--:|--:|--:|--:|--:|',
+    ]
+    for r in rows:
+        lines.append(
+            f"| {r['mode']} | {r['batch']} | {r['network']} | {r['ms']:.1f} | {r['ratio']:.2f} "
+            f"| {r['images_per_s']:.1f} | {r['ceiling_share']:.0%} | {r['first_call_s']:.2f} | {r['peak_mb']:.0f} |")
+    lines += [''] + [f'* `{name}`: {text}' for name, text in CONTENDERS.items()
+                     if name in {r['network'] for r in rows}]
+    text = '\n'.join(lines) + '\n'
+    out.mkdir(parents=True, exist_ok=True)
+    write(out / 'speed.md', text)
+    with open(out / 'speed.csv.tmp', 'w', newline='') as f:
+        writer = csv.DictWriter(f, COLUMNS)
+        writer.writeheader()
+        writer.writerows(rows)
+    os.replace(out / 'speed.csv.tmp', out / 'speed.csv')
+    return text
+
+
+def plot(rows: List[Dict[str, Any]], scale: int, out: Path) -> None:
+    import matplotlib
+    matplotlib.use('Agg')
+    import matplotlib.pyplot as plt
+    groups = sorted({(r['mode'], r['batch']) for r in rows})
+    figure, axes = plt.subplots(1, len(groups), figsize=(4 * len(groups), 3.2), layout='constrained', squeeze=False)
+    for axis, (mode, batch) in zip(axes[0], groups):
+        part = [r for r in rows if (r['mode'], r['batch']) == (mode, batch)]
+        bars = axis.barh([r['network'] for r in part], [r['ratio'] for r in part])
+        axis.bar_label(bars, fmt='%.2f', padding=2)
+        axis.axvline(1, color='0.5', linewidth=0.8)
+        axis.invert_yaxis()
+        axis.margins(x=0.15)
+        axis.set(title=f'{mode}, batch {batch}', xlabel="times the slides' speed")
+    figure.suptitle(f'dense2net121_s{scale} on {machine()}')
+    figure.savefig(out / 'speed.png.tmp', format='png', dpi=120)
+    os.replace(out / 'speed.png.tmp', out / 'speed.png')
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--scale', type=int, default=8, choices=(2, 4, 8))
+    parser.add_argument('--batches', type=int, nargs='*', default=[1, 64], help='batch sizes of the forward pass')
+    parser.add_argument('--train-batch', type=int, default=128, help='batch size of the training step, 0 for none')
+    parser.add_argument('--rounds', type=int, default=10)
+    parser.add_argument('--only', nargs='+', choices=list(CONTENDERS), default=list(CONTENDERS), metavar='NETWORK',
+                        help=f'of {", ".join(CONTENDERS)}; deck is always there')
+    parser.add_argument('--output', type=Path, default=Path('results/speed'), help='folder to write to')
+    parser.add_argument('--probe', help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.probe:
+        print(json.dumps(probe(*json.loads(args.probe))))
+        return
+    if args.rounds < 1 or args.train_batch < 0 or min(args.batches, default=1) < 1:
+        parser.error('--rounds and --batches must be at least 1, --train-batch at least 0')
+    names = [n for n in CONTENDERS if n == 'deck' or n in args.only]
+    rates = {False: machine_rates(torch.float32), True: machine_rates(torch.bfloat16)}
+    rows = []
+    measurements = [('forward', b) for b in args.batches] + ([('train', args.train_batch)] if args.train_batch else [])
+    for mode, batch in measurements:
+        rows += measure(mode, batch, names, args.scale, args.rounds, rates)
+        text = write_tables(rows, args.scale, args.rounds, rates[False], args.output)
+    print(text)
+    plot(rows, args.scale, args.output)
+
+
+if __name__ == '__main__':
+    main()
