@@ -1,9 +1,12 @@
 """Data sets, their faults, and the batches made of them."""
+import functools
 import hashlib
+import http.server
 import os
 import pickle
 import shutil
 import sys
+import threading
 
 import numpy as np
 import pytest
@@ -159,6 +162,11 @@ def test_wrong_classes_are_named(tmp_path):
         load_arrays(root, 'train', num_classes=10)
 
 
+def test_class_map_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(ValueError, match='class map file.*nothing.txt'):
+        load_arrays(write_folder(tmp_path), 'train', class_map='nothing.txt')
+
+
 def test_streamed_sets_are_refused():
     with pytest.raises(ValueError, match='tfds/cifar10: a streamed data set'):
         load_arrays('tfds/cifar10', 'train')
@@ -195,6 +203,27 @@ def test_torch_cifar100(small_cifar100):
         assert arrays.num_classes == 100 and arrays.class_names[3] == 'class3'
     with pytest.raises(ValueError, match='torch/cifar100 train: has 20 images, the whole of it has 50000'):
         load_arrays('torch/cifar100', 'train', data_dir=str(root))
+
+
+def test_torch_cifar100_is_downloaded_and_its_checksum_checked(small_cifar100, monkeypatch):
+    from torchvision.datasets import CIFAR100 as TorchCifar100
+    root, folder, files = small_cifar100
+    archive = shutil.make_archive(str(root / 'archive'), 'gztar', root_dir=root, base_dir=folder.name)
+    with open(archive, 'rb') as file:
+        checksum = hashlib.md5(file.read()).hexdigest()
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=root)
+    kwargs = dict(data_dir=str(root / 'new' / 'data'), download=True)
+    with http.server.ThreadingHTTPServer(('127.0.0.1', 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f'http://127.0.0.1:{server.server_port}/{os.path.basename(archive)}'
+        monkeypatch.setattr(TorchCifar100, 'url', url)
+        monkeypatch.setattr(TorchCifar100, 'tgz_md5', '0' * 32)
+        with pytest.raises(FileNotFoundError, match='torch/cifar100: not found or damaged'):
+            open_dataset('torch/cifar100', 'train', **kwargs)
+        monkeypatch.setattr(TorchCifar100, 'tgz_md5', checksum)
+        assert len(open_dataset('torch/cifar100', 'train', **kwargs)) == 20
+        server.shutdown()
+    assert len(open_dataset('torch/cifar100', 'train', **kwargs)) == 20  # already there
 
 
 def test_damaged_or_missing_torch_cifar100_is_named(small_cifar100):
@@ -247,6 +276,17 @@ def test_parquet_columns_by_name(tmp_path):
         load_arrays(f'hfds/{tmp_path}/set', 'train', input_key='picture', **kwargs)
     with pytest.raises(ValueError, match="no image of class 'y'"):
         load_arrays(f'hfds/{tmp_path}/set', 'train', target_key='coarse_label', **kwargs)
+
+
+def test_labels_that_are_no_indices_are_named(tmp_path):
+    datasets = pytest.importorskip('datasets')
+    features = datasets.Features({'image': datasets.Image(), 'label': datasets.Value('string')})
+    image = Image.fromarray(np.zeros((4, 4, 3), np.uint8))
+    (tmp_path / 'set').mkdir()
+    table = datasets.Dataset.from_dict({'image': [image], 'label': ['cat']}, features=features)
+    table.to_parquet(str(tmp_path / 'set' / 'train.parquet'))
+    with pytest.raises(ValueError, match="labels must be class indices, the first is 'cat'"):
+        load_arrays(f'hfds/{tmp_path}/set', 'train', data_dir=str(tmp_path / 'cache'))
 
 
 def test_parquet_validation_split_and_missing_split(tmp_path):
@@ -546,5 +586,5 @@ def test_broken_image_read_from_disk_is_named_in_one_line(tmp_path, num_workers)
 
 def test_missing_package_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, 'datasets', None)
-    with pytest.raises(ValueError, match=r"hfds/some/set needs the package datasets: pip install 'timm_dense2net\[train"):
+    with pytest.raises(ValueError, match=r"hfds/some/set needs the package datasets: pip install 'timm_dense2net\["):
         load_arrays('hfds/some/set', 'train')

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from filelock import FileLock
 from PIL import Image, UnidentifiedImageError
 from timm.data import ImageDataset, create_dataset, create_transform
 from timm.data.loader import fast_collate
@@ -115,7 +116,7 @@ class ImageReader(Dataset):
         self.indices = np.arange(len(source)) if indices is None else indices
         if len(self.indices) == 0:
             raise ValueError(f'{name}: holds no image.')
-        labels = _read_labels(source)
+        labels = _read_labels(source, name)
         self.class_names = _class_names(source, labels)
         self.labels = torch.from_numpy(labels[self.indices])
         self.transform = None
@@ -175,7 +176,7 @@ class ImageReader(Dataset):
         return ImageArrays(torch.from_numpy(images), self.labels, self.class_names)
 
 
-def _read_labels(source: Dataset) -> np.ndarray:
+def _read_labels(source: Dataset, name: str) -> np.ndarray:
     """Labels of a map-style data set, without decoding its images."""
     reader = getattr(source, 'reader', None)
     if reader is None:
@@ -184,7 +185,10 @@ def _read_labels(source: Dataset) -> np.ndarray:
         labels = list(reader.iter_targets())
     else:
         labels = [label for _, label in reader.samples]
-    return np.asarray(labels, dtype=np.int64)
+    try:
+        return np.asarray(labels, dtype=np.int64)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f'{name}: labels must be class indices, the first is {labels[0]!r}.') from error
 
 
 def _class_names(source: Dataset, labels: np.ndarray) -> tuple[str, ...]:
@@ -286,7 +290,12 @@ def _open_torch(dataset: str, split: str, data_dir: str | None, download: bool) 
         raise ValueError(f'{dataset}: needs the folder that holds it, or is to hold it, as data_dir.')
     timm_split = 'train' if split == 'train' else 'validation'
     try:
-        return create_dataset(dataset, root=data_dir, split=timm_split, download=download)
+        if not download:
+            return create_dataset(dataset, root=data_dir, split=timm_split)
+        # Of several processes on one machine the first downloads and the others find it done.
+        os.makedirs(data_dir, exist_ok=True)
+        with FileLock(os.path.join(data_dir, '.download.lock')):
+            return create_dataset(dataset, root=data_dir, split=timm_split, download=True)
     except AssertionError as error:
         raise ValueError(f'{dataset}: {error}') from error
     except (RuntimeError, OSError) as error:
@@ -370,6 +379,8 @@ def _open_folder(root: str | None, split: str, class_map: str | dict) -> Dataset
         return create_dataset('', root=os.path.join(root, found), search_split=False, class_map=class_map)
     except RuntimeError as error:
         raise FileNotFoundError(str(error)) from error
+    except AssertionError as error:  # of a class map
+        raise ValueError(str(error)) from error
 
 
 def _load_digits(split: str, img_size: int) -> ImageArrays:
