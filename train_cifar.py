@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Trains a timm model on CIFAR-100, CIFAR-10, digits or any timm data set that fits in memory.
+"""Trains a timm model on CIFAR-100, CIFAR-10, digits or any timm data set.
 
     python train_cifar.py --recipe deck_dense2net --data-dir data --dataset-download
     python train_cifar.py --recipe nano                                nothing to download, a minute on a CPU
@@ -30,18 +30,19 @@ _logger = logging.getLogger('train')
 def train(args: argparse.Namespace, processes: Processes) -> None:
     """Trains a run, or goes on with it, and writes its results."""
     state = read_resumed_state(args, processes)
-    folder = None
-    if processes.primary:
-        folder = RunFolder(args, start_epoch=state['position']['epoch'] if state else 0)
     data = build_data(args)
     # The same first weights in every process, then each its own random numbers.
     random_seed(args.seed)
     model = build_model(args, data.train).to(processes.device)
     model = model.to(memory_format=torch.channels_last) if args.channels_last else model
     random_seed(args.seed, processes.rank)
-    trainer = Trainer(
-        args, model, build_loader(args, data.train, data, processes, train=True),
-        build_loader(args, data.validation, data, processes), folder, weights_metadata(args, data), processes)
+    train_loader = build_loader(args, data.train, data, processes, train=True)
+    eval_loader = build_loader(args, data.validation, data, processes)
+    # Made last, so that a mistake in the arguments leaves no folder behind.
+    folder = None
+    if processes.primary:
+        folder = RunFolder(args, start_epoch=state['position']['epoch'] if state else 0)
+    trainer = Trainer(args, model, train_loader, eval_loader, folder, weights_metadata(args, data), processes)
     if state is not None:
         trainer.load_state_dict(state)
         _logger.info(f'Going on after {trainer.epoch} epochs and {trainer.batches_done} batches.')

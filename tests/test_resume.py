@@ -90,8 +90,8 @@ def test_killed_while_a_checkpoint_is_written(tmp_path, reference, moment):
 def interrupted(output):
     """A run killed in mid-epoch, its last state and the one before it being whole."""
     process = start(arguments(output), output / 'log', _pause_in_fsync)
-    assert wait_for(lambda: (output / 'run' / PREVIOUS_FILE).exists() and (output / 'run' / 'best.safetensors').exists(),
-                    process)
+    previous, best = output / 'run' / PREVIOUS_FILE, output / 'run' / 'best.safetensors'
+    assert wait_for(lambda: previous.exists() and best.exists(), process)
     kill(process)
     return output / 'run' / CHECKPOINT_FILE
 

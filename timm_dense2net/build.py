@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Union
 
 import timm
 import torch
@@ -20,7 +20,8 @@ from timm.models import is_model, list_models, split_model_name_tag
 from torch.utils.flop_counter import FlopCounterMode
 
 from .augment import AugmentConfig
-from .data import BatchLoader, ImageArrays, check_same_classes, dataset_stats, hold_out_split, load_arrays
+from .data import (
+    BatchLoader, ImageArrays, ImageReader, check_same_classes, dataset_stats, hold_out_split, load_images)
 from .distributed import Processes
 from .options import saved_args
 from .trained import load_trained
@@ -30,6 +31,10 @@ __all__ = [
     'RunData', 'build_data', 'build_loader', 'build_model', 'build_trained', 'count_macs', 'environment',
     'weights_metadata',
 ]
+
+
+# Held in memory, or read image by image where they are too many.
+Images = Union[ImageArrays, ImageReader]
 
 
 @dataclass(frozen=True)
@@ -43,15 +48,15 @@ class RunData:
         mean: Mean of each channel, pixels in 0..1.
         std: Standard deviation of each channel.
     """
-    train: ImageArrays | None
-    validation: ImageArrays
-    test: ImageArrays
+    train: Images | None
+    validation: Images
+    test: Images
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
 
-def _load_split(args: argparse.Namespace, split: str) -> ImageArrays:
-    return load_arrays(
+def _load_split(args: argparse.Namespace, split: str) -> Images:
+    return load_images(
         args.dataset, split, data_dir=args.data_dir, download=args.dataset_download, num_classes=args.num_classes,
         img_size=args.img_size, input_key=args.input_key, target_key=args.target_key)
 
@@ -75,8 +80,8 @@ def build_data(args: argparse.Namespace) -> RunData:
     return RunData(train, validation, test, tuple(args.mean or mean), tuple(args.std or std))
 
 
-def build_model(args: argparse.Namespace, arrays: ImageArrays) -> nn.Module:
-    """Creates the model for the classes and channels of `arrays`.
+def build_model(args: argparse.Namespace, images: Images) -> nn.Module:
+    """Creates the model for the classes and channels of `images`.
 
     Raises:
         ValueError: If timm has no such model, or it does not take the arguments or the weights.
@@ -88,7 +93,7 @@ def build_model(args: argparse.Namespace, arrays: ImageArrays) -> nn.Module:
     try:
         model = timm.create_model(
             args.model, pretrained=args.pretrained, checkpoint_path=args.initial_checkpoint or '',
-            num_classes=arrays.num_classes, in_chans=arrays.images.shape[1], drop_rate=args.drop,
+            num_classes=images.num_classes, in_chans=images.image_shape[0], drop_rate=args.drop,
             drop_path_rate=args.drop_path, **args.model_kwargs)
     except (TypeError, RuntimeError) as e:
         raise ValueError(f'{args.model}: {" ".join(str(e).split())[:500]}') from e
@@ -97,17 +102,17 @@ def build_model(args: argparse.Namespace, arrays: ImageArrays) -> nn.Module:
 
 def build_loader(
         args: argparse.Namespace,
-        arrays: ImageArrays,
+        images: Images,
         data: RunData,
         processes: Processes,
         train: bool = False,
 ) -> BatchLoader:
-    """This process's batches of `arrays`; `--batch-size` is that of one process, as in timm's train.py."""
+    """This process's batches of `images`; `--batch-size` is that of one process, as in timm's train.py."""
     batch_size = args.batch_size if train else args.validation_batch_size or args.batch_size
     return BatchLoader(
-        arrays, batch_size * processes.world_size, device=processes.device, mean=data.mean, std=data.std, train=train,
+        images, batch_size * processes.world_size, device=processes.device, mean=data.mean, std=data.std, train=train,
         augment=_augment_config(args) if train else None, seed=args.seed, rank=processes.rank,
-        world_size=processes.world_size, channels_last=args.channels_last)
+        world_size=processes.world_size, channels_last=args.channels_last, num_workers=args.workers)
 
 
 def _augment_config(args: argparse.Namespace) -> AugmentConfig | None:
@@ -141,7 +146,7 @@ def weights_metadata(args: argparse.Namespace, data: RunData) -> dict[str, str]:
         model=args.model,
         model_args=json.dumps(args.model_kwargs),
         num_classes=str(data.train.num_classes),
-        input_size=json.dumps(list(data.train.images.shape[1:])),
+        input_size=json.dumps(data.train.image_shape),
         mean=json.dumps(data.mean),
         std=json.dumps(data.std),
         dataset=args.dataset,

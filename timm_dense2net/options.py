@@ -12,16 +12,22 @@ import json
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import yaml
+from timm.optim import list_optimizers
 from timm.utils import ParseKwargs
 from timm.utils.distributed import is_distributed_env
 
-__all__ = ['build_parser', 'parse_args', 'check_args', 'list_recipes', 'load_recipe', 'ARGS_FILE']
+from .checkpoint import CHECKPOINT_FILE, PREVIOUS_FILE
+
+__all__ = ['build_parser', 'parse_args', 'check_args', 'list_recipes', 'load_recipe', 'saved_args', 'ARGS_FILE']
 
 ARGS_FILE = 'args.yaml'
+
+# timm has no list of them; 'plateau' is torch's here, as its state can be saved.
+_SCHEDULES = ('plateau', 'cosine', 'tanh', 'step', 'multistep', 'poly', 'wsd', 'rsqrt', 'constant', 'none')
 
 # Set for one invocation and no part of what a run is.
 _NOT_SAVED = ('resume', 'eval_only', 'checkpoint')
@@ -29,14 +35,19 @@ _NOT_SAVED = ('resume', 'eval_only', 'checkpoint')
 # What a resumed run may change: where things are, how often the host looks, how fast it goes, how long it lasts.
 _MAY_CHANGE = frozenset((
     'output', 'experiment', 'recipe', 'device', 'log_interval', 'checkpoint_interval', 'log_wandb', 'log_tensorboard',
-    'dataset_download', 'data_dir', 'batch_size', 'validation_batch_size', 'grad_accum_steps', 'epochs',
+    'dataset_download', 'data_dir', 'workers', 'batch_size', 'validation_batch_size', 'grad_accum_steps', 'epochs',
     'early_stop_patience', 'channels_last', 'torchcompile', 'dist_bn', 'sync_bn'))
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(message)
+
+
 def build_parser() -> argparse.ArgumentParser:
-    """The parser; its defaults are the deck's Dense2Net run."""
-    parser = argparse.ArgumentParser(
-        description='Train and evaluate a timm model on CIFAR-100 or any timm data set that fits in memory.',
+    """The parser; its defaults are the deck's Dense2Net run, and it raises ValueError for what it cannot parse."""
+    parser = _Parser(
+        description='Train and evaluate a timm model on CIFAR-100 or any timm data set.',
         allow_abbrev=False)
     flag = argparse.BooleanOptionalAction
 
@@ -68,6 +79,8 @@ def build_parser() -> argparse.ArgumentParser:
         'choose on N training images; the test split is touched once, at the end'))
     group.add_argument('-b', '--batch-size', type=int, default=128, metavar='N', help='a process (%(default)s)')
     group.add_argument('-vb', '--validation-batch-size', type=int, metavar='N')
+    group.add_argument('-j', '--workers', type=int, default=4, metavar='N', help=(
+        'processes that decode images of data that does not fit in memory (%(default)s)'))
     group.add_argument('--img-size', type=int, metavar='N', help="side of the images (the data set's own)")
     group.add_argument('--mean', type=float, nargs='+', metavar='MEAN', help='override the mean, pixels in 0..1')
     group.add_argument('--std', type=float, nargs='+', metavar='STD', help='override the standard deviation')
@@ -95,8 +108,8 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument('--clip-mode', default='norm', choices=('norm', 'value', 'agc'))
     group.add_argument('--layer-decay', type=float, metavar='D', help='layer-wise learning-rate decay')
     group.add_argument('--grad-accum-steps', type=int, default=1, metavar='N')
-    group.add_argument('--sched', default='plateau', metavar='SCHEDULER', help=(
-        "'plateau' (on validation loss) or a schedule of timm's (%(default)s)"))
+    group.add_argument('--sched', default='plateau', choices=_SCHEDULES, metavar='SCHEDULER', help=(
+        f"'plateau' (on validation loss, %(default)s is the default) or timm's {', '.join(_SCHEDULES[1:])}"))
     group.add_argument('--sched-on-updates', action=flag, default=False, help='step the schedule each update')
     group.add_argument('--warmup-epochs', type=int, default=0, metavar='N')
     group.add_argument('--warmup-lr', type=float, default=1e-5, metavar='LR')
@@ -149,7 +162,7 @@ def load_recipe(name: str, parser: argparse.ArgumentParser | None = None) -> dic
     """Reads and checks a recipe: a YAML mapping of argument names, with underscores, to values.
 
     Args:
-        name: A packaged recipe's name or the path of a YAML file.
+        name: A packaged recipe's name, or the path of a YAML file; a run's args.yaml is one.
         parser: The parser whose arguments the recipe sets.
 
     Raises:
@@ -161,7 +174,11 @@ def load_recipe(name: str, parser: argparse.ArgumentParser | None = None) -> dic
         text = Path(name).read_text(encoding='utf-8')
     else:
         raise ValueError(f"no recipe '{name}': give a YAML file or one of {', '.join(list_recipes())}")
-    return _check_values(_parse_yaml(text, f'recipe {name}'), parser or build_parser(), f'recipe {name}')
+    values = _parse_yaml(text, f'recipe {name}')
+    if 'recipe' in values:
+        # The saved arguments of a run: where it lay is no part of how it was made.
+        values = {key: value for key, value in values.items() if key not in ('recipe', 'output', 'experiment')}
+    return _check_values(values, parser or build_parser(), f'recipe {name}')
 
 
 def _parse_yaml(text: str, source: str) -> dict[str, Any]:
@@ -263,7 +280,7 @@ def _check_unchanged(args: argparse.Namespace, parser: argparse.ArgumentParser, 
 
 
 def _early_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser = _Parser(add_help=False, allow_abbrev=False)
     for name in ('--recipe', '--resume', '--experiment'):
         parser.add_argument(name)
     parser.add_argument('--output', default='./output')
@@ -277,10 +294,11 @@ def _saved_args_file(early: argparse.Namespace) -> Path | None:
     if early.resume == 'auto':
         if not early.experiment:
             raise ValueError('--resume auto needs --experiment to know which run is meant')
-        path = Path(early.output, early.experiment, ARGS_FILE)
-        return path if path.is_file() else None
-    folder = Path(early.resume)
-    path = (folder if folder.is_dir() else folder.parent) / ARGS_FILE
+        folder = Path(early.output, early.experiment)
+        begun = any((folder / name).exists() for name in (CHECKPOINT_FILE, PREVIOUS_FILE))
+        return folder.resolve() / ARGS_FILE if begun else None
+    path = Path(early.resume)
+    path = (path if path.is_dir() else path.parent) / ARGS_FILE
     if not path.is_file():
         raise ValueError(f'--resume {early.resume}: no run is there ({path} is missing)')
     return path.resolve()
@@ -300,13 +318,21 @@ def check_args(args: argparse.Namespace) -> None:
     for name, least in (
             ('epochs', 1), ('batch_size', 1), ('validation_batch_size', 1), ('grad_accum_steps', 1),
             ('log_interval', 1), ('checkpoint_interval', 0), ('hold_out', 0), ('early_stop_patience', 0),
-            ('patience_epochs', 0), ('warmup_epochs', 0), ('num_classes', 1), ('lr', 0), ('weight_decay', 0),
-            ('seed', 0)):
+            ('workers', 0), ('patience_epochs', 0), ('warmup_epochs', 0), ('num_classes', 1), ('lr', 0),
+            ('weight_decay', 0), ('seed', 0)):
         value = getattr(args, name)
         if value is not None and value < least:
             raise ValueError(f'--{name.replace("_", "-")} must be at least {least}, got {value}')
     if not 0 <= args.smoothing < 1:
         raise ValueError(f'--smoothing must be in [0, 1), got {args.smoothing}')
+    if any(deviation <= 0 for deviation in args.std or ()):
+        raise ValueError(f'--std must be above 0, got {args.std}')
+    if args.opt.rpartition('_')[2] not in list_optimizers():
+        close = difflib.get_close_matches(args.opt, list_optimizers())
+        hint = f', did you mean {" or ".join(close)}?' if close else ''
+        raise ValueError(f"timm has no optimizer '{args.opt}'{hint}")
+    if args.torchcompile and args.torchcompile not in (backends := torch.compiler.list_backends(exclude_tags=())):
+        raise ValueError(f"torch has no compiler backend '{args.torchcompile}', only {', '.join(backends)}")
     if args.sched == 'plateau' and (args.warmup_epochs or args.sched_on_updates):
         raise ValueError(
             '--sched plateau steps once an epoch and has no warm-up: leave out --warmup-epochs and --sched-on-updates')

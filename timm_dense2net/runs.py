@@ -100,8 +100,8 @@ class RunFolder:
 
     def _remove_leftovers(self) -> None:
         """Removes temporary files of a process that was killed while it wrote."""
-        for path in self.path.glob('.*'):
-            if path.is_file() and not path.name.startswith('.nfs'):
+        for pattern in ('.*.safetensors.tmp', '.args.*.yaml', '.summary.*.csv', '.curves.*.png', '.result.*.json'):
+            for path in self.path.glob(pattern):
                 path.unlink()
 
     def add_epoch(self, epoch: int, train: dict[str, float], evaluation: dict[str, float], lr: float) -> None:
@@ -150,7 +150,7 @@ def write_run_results(args: argparse.Namespace, data: RunData, trainer: Trainer)
         dataset=args.dataset,
         seed=args.seed,
         params=sum(parameter.numel() for parameter in model.parameters()),
-        macs=count_macs(model, data.test.images.shape[1:]),
+        macs=count_macs(model, data.test.image_shape),
         epochs=trainer.epoch,
         updates=trainer.updates,
         ema=args.model_ema,
