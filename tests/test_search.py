@@ -1,0 +1,259 @@
+"""The hyper-parameter search: what it may propose, what it cuts short, and workers that share a study, one killed."""
+import csv
+import os
+import pwd
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+
+optuna = pytest.importorskip('optuna', reason='the search needs Optuna')
+pytest.importorskip('sklearn', reason='the trials train on its digits')
+
+from optuna.trial import FixedTrial, TrialState  # noqa: E402
+
+from timm_dense2net.dense2net import SplitHierarchyConv2d  # noqa: E402
+from timm_dense2net.options import parse_args  # noqa: E402
+from timm_dense2net.search import (  # noqa: E402
+    SearchSpace, ValidSampler, draw_plots, main, open_study, trial_args, write_best, write_trials)
+
+pytestmark = pytest.mark.filterwarnings('ignore::optuna.exceptions.ExperimentalWarning')
+
+FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
+# Thin nets on a handful of digits: what is tested is the search.
+TRAIN_ARGS = (
+    '--recipe', 'nano', '--hold-out', '1300', '--img-size', '8', '--no-amp', '-b', '8', '--device', 'cpu',
+    '--growth-rates', '2', '4', '--scales', '2', '4', '--cardinalities', '1', '2', '4')
+
+
+def command(output, *args):
+    code = 'import sys; from timm_dense2net.search import main; sys.exit(main())'
+    return [sys.executable, '-c', code, '--study', 'study', '--output', str(output), *TRAIN_ARGS, *args]
+
+
+def start(output, *args, log=subprocess.DEVNULL):
+    environment = dict(os.environ, OMP_NUM_THREADS='1', PYTHONPATH=str(Path(__file__).parents[1]))
+    return subprocess.Popen(command(output, *args), env=environment, stdout=log, stderr=log)
+
+
+def wait_for(condition, seconds=120):
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        value = condition()
+        if value:
+            return value
+        time.sleep(0.05)
+    raise AssertionError('it did not happen in time')
+
+
+def base_args(*args):
+    return parse_args(['--recipe', 'nano', '--hold-out', '1300', *args])
+
+
+def test_cardinalities_follow_the_layer():
+    space = SearchSpace()
+    assert space.valid_cardinalities(32, 8) == [1, 2, 4, 8, 16]  # 16 channels cannot be in 32 groups
+    assert space.valid_cardinalities(32, 4) == [1, 2, 4, 8, 16, 32]
+    assert space.valid_cardinalities(12, 2) == [1, 2, 4, 8]
+    with pytest.raises(ValueError, match='growth rate 12 with scale 8 can have none of the cardinalities 4, 32'):
+        SearchSpace(scales=(8,), growth_rates=(12,), cardinalities=(4, 32))
+
+
+def test_only_valid_combinations_are_proposed():
+    """Even when the wide groups are the ones that are rewarded, past the sampler's random start."""
+    space = SearchSpace()
+    study = optuna.create_study(direction='maximize', sampler=ValidSampler(space, seed=0))
+    for _ in range(60):
+        trial = study.ask()
+        kwargs = space.suggest(trial)['model_kwargs']
+        SplitHierarchyConv2d(4 * kwargs['growth_rate'], kwargs['scale'], kwargs['cardinality'], device='meta')
+        study.tell(trial, kwargs['cardinality'] + kwargs['scale'])
+    assert {t.params['cardinality'] for t in study.trials} == {1, 2, 4, 8, 16, 32}
+    assert len({str(t.distributions['cardinality']) for t in study.trials}) == 1
+    best = [t.params['cardinality'] for t in study.trials[30:]]
+    assert sum(c >= 16 for c in best) > 15  # it learns all the same
+
+
+def suggested(**params):
+    defaults = dict(growth_rate=32, scale=4, cardinality=1, opt='sgd', lr=0.1, sched='cosine')
+    return SearchSpace().suggest(FixedTrial(dict(defaults, **params)))
+
+
+def test_trial_arguments():
+    base = base_args('--epochs', '9', '--model-kwargs', 'bn_size=2')
+    args = trial_args(base, suggested(sched='step', decay_rate=0.2, cardinality=8))
+    assert (args.opt, args.lr, args.sched, args.decay_rate, args.decay_epochs) == ('sgd', 0.1, 'step', 0.2, 3)
+    assert args.model_kwargs == dict(bn_size=2, growth_rate=32, scale=4, cardinality=8)
+    args = trial_args(base, suggested(sched='plateau', decay_rate=0.5))
+    assert args.sched == 'plateau' and args.warmup_epochs == 0 and not args.sched_on_updates
+    args = trial_args(base, suggested(opt='adamw', lr_adaptive=0.002))
+    assert (args.opt, args.lr) == ('adamw', 0.002)
+    assert base.model_kwargs == dict(bn_size=2) and base.sched == 'cosine'
+
+
+def test_successive_halving(tmp_path):
+    """Of nine epochs, the worse two thirds see one, and the worse of the rest three."""
+    study = open_study('study', f'sqlite:///{tmp_path}/study.db', SearchSpace(), epochs=9)
+    epochs = []
+    for quality in range(9, 0, -1):
+        trial = study.ask()
+        for epoch in range(1, 10):
+            trial.report(quality + epoch / 100, epoch)
+            if trial.should_prune():
+                study.tell(trial, state=TrialState.PRUNED)
+                break
+        else:
+            study.tell(trial, quality)
+        epochs.append(epoch)
+    assert epochs[0] == 9  # the best one
+    assert all(e == 1 for e in epochs[3:]) and set(epochs) <= {1, 3, 9}
+
+
+def test_reports_and_recipe(tmp_path):
+    space, base = SearchSpace(), base_args('--epochs', '3', '--output', str(tmp_path))
+    study = optuna.create_study(direction='maximize', study_name='study', sampler=ValidSampler(space, seed=1))
+    assert write_best(study, base, space, tmp_path) is None
+    for i in range(12):
+        trial = study.ask()
+        values = space.suggest(trial)
+        trial.report(50., 1)
+        study.tell(trial, 50. + values['model_kwargs']['scale'] + i / 100)
+    path = write_best(study, base, space, tmp_path)
+    assert path.read_text().startswith(f'# Trial {study.best_trial.number} of study study: top-1 58.')
+    args = parse_args(['--recipe', str(path)])
+    expected = trial_args(base, space.suggest(FixedTrial(study.best_params)))
+    for key in ('model', 'model_kwargs', 'opt', 'lr', 'sched', 'decay_rate', 'epochs', 'dataset', 'batch_size'):
+        assert getattr(args, key) == getattr(expected, key), key
+    assert args.hold_out == 0 and args.output != str(tmp_path)
+    write_trials(study, tmp_path)
+    rows = list(csv.DictReader((tmp_path / 'trials.csv').open()))
+    assert len(rows) == 12 and rows[3]['state'] == 'complete' and rows[3]['epochs'] == '1'
+    assert float(rows[3]['top1']) == study.trials[3].value
+    pytest.importorskip('matplotlib', reason='the plots need it')
+    draw_plots(study, tmp_path)
+    for name in ('history', 'importance'):
+        assert (tmp_path / f'{name}.png').read_bytes().startswith(b'\x89PNG')
+
+
+@pytest.mark.parametrize('args, message', [
+    (['--study', 's', '--recipe', 'nano'], 'give --hold-out N'),
+    (['--study', 's', '--recipe', 'nano', '--hold-out', '9', '--experiment', 'x'], '--experiment is not for a search'),
+    (['--study', 's', '--recipe', 'nono', '--hold-out', '9'], 'no recipe'),
+    (['--study', 's', '--recipe', 'nano', '--hold-out', '9', '--trials', '-1'], '--trials must be at least 0'),
+    (['--study', 's', '--recipe', 'nano', '--hold-out', '9', '--storage', 'nosql://me:secret@host/db'], 'nosql://...@host/db'),
+    (['--study', 's', '--recipe', 'nano', '--hold-out', '9', '--scales', '3'], 'none of the cardinalities'),
+])
+def test_errors(args, message, tmp_path, capsys):
+    assert main([*args, '--output', str(tmp_path)]) in (1, 2)
+    error = capsys.readouterr().err
+    assert error.startswith('error: ') and message in error and 'secret' not in error
+
+
+def test_stop_and_go_on(tmp_path):
+    """A stopped worker's trial is given out again and goes on at the batch where it was stopped."""
+    args = ('--trials', '1', '--epochs', '12')
+    summary = tmp_path / 'study' / 'trial-00000' / 'summary.csv'
+    worker = start(tmp_path, *args)
+    wait_for(lambda: summary.exists() and len(summary.read_text().splitlines()) > 2)
+    worker.send_signal(signal.SIGTERM)
+    assert worker.wait(60) == 128 + signal.SIGTERM
+    assert (summary.parent / 'checkpoint.safetensors').exists()
+    rows = summary.read_text().splitlines()
+    study = optuna.load_study(study_name='study', storage=f'sqlite:///{tmp_path}/study/study.db')
+    assert [t.state for t in study.trials] == [TrialState.FAIL, TrialState.WAITING]
+    assert study.trials[0].params == study.trials[1].params
+    assert start(tmp_path, *args).wait(120) == 0
+    again = summary.read_text().splitlines()
+    assert again[:len(rows)] == rows and [row.split(',')[0] for row in again[1:]] == [str(i) for i in range(12)]
+    assert [t.state for t in study.trials] == [TrialState.FAIL, TrialState.COMPLETE]
+    assert sorted(study.trials[1].intermediate_values) == list(range(1, 13))
+    assert [p.name for p in (tmp_path / 'study').glob('trial-*')] == ['trial-00000']
+    assert not list(summary.parent.glob('checkpoint*'))
+    for name in ('best.yaml', 'trials.csv'):
+        assert (tmp_path / 'study' / name).exists()
+
+
+@pytest.fixture
+def postgresql():
+    """URL of a PostgreSQL server of our own, on a free port."""
+    programs = sorted(Path('/usr/lib/postgresql').glob('*/bin'))
+    path = os.pathsep.join([os.environ['PATH'], *map(str, programs[-1:])])
+    if not shutil.which('initdb', path=path):
+        pytest.skip('PostgreSQL is not installed')
+    pytest.importorskip('psycopg', reason='the PostgreSQL driver psycopg is not installed')
+    user = None
+    if os.geteuid() == 0:  # the server refuses to run as root
+        user = next((u.pw_name for u in pwd.getpwall() if u.pw_name in ('postgres', 'nobody')), None)
+        if user is None:
+            pytest.skip('PostgreSQL does not run as root, and there is no other user')
+    folder = Path(tempfile.mkdtemp(prefix='postgresql-'))
+    try:
+        if user:
+            shutil.chown(folder, user)
+        with socket.socket() as s:
+            s.bind(('127.0.0.1', 0))
+            port = s.getsockname()[1]
+        run = dict(user=user, cwd=folder, env=dict(os.environ, PATH=path, LC_ALL='C'), check=True, capture_output=True)
+        subprocess.run(
+            [shutil.which('initdb', path=path), '-D', 'data', '-U', 'search', '--auth=trust', '--no-sync'], **run)
+        control = [shutil.which('pg_ctl', path=path), '-D', 'data', '-w']
+        options = f'-p {port} -k {folder} -c listen_addresses=127.0.0.1 -c fsync=off'
+        subprocess.run([*control, '-l', 'log', '-o', options, 'start'], **dict(
+            run, capture_output=False, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL))
+        try:
+            yield f'postgresql+psycopg://search@127.0.0.1:{port}/postgres'
+        finally:
+            subprocess.run([*control, '-m', 'immediate', 'stop'], **run)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.mark.parametrize('database', ['sqlite', 'postgresql'])
+def test_several_workers_one_of_them_killed(database, tmp_path, request):
+    url = f'sqlite:///{tmp_path}/study.db'
+    args = ['--trials', '8', '--epochs', '3', '--heartbeat', '2']
+    if database == 'postgresql':
+        url = request.getfixturevalue('postgresql')
+    args += ['--storage', url]
+    # Started together, on a database without tables.
+    workers = [start(tmp_path, *args) for _ in range(3)]
+    try:
+        study = wait_for(lambda: _load(url))
+        victim = wait_for(lambda: next((
+            t for t in study.get_trials(deepcopy=False)
+            if t.state == TrialState.RUNNING and 'worker' in t.user_attrs), None))
+        pid = int(victim.user_attrs['worker'].split(':')[1])
+        killed = next(w for w in workers if w.pid == pid)
+        killed.kill()
+        assert killed.wait(10) == -signal.SIGKILL
+        assert [w.wait(300) for w in workers if w is not killed] == [0, 0]
+    finally:
+        for worker in workers:
+            if worker.poll() is None:
+                worker.kill()
+                worker.wait(10)
+    trials = study.get_trials()
+    assert trials[victim.number].state == TrialState.FAIL
+    again = [t for t in trials if t.system_attrs.get('failed_trial') == victim.number]
+    assert len(again) == 1 and again[0].state in FINISHED and again[0].params.items() >= victim.params.items()
+    assert int(again[0].user_attrs['worker'].split(':')[1]) in {w.pid for w in workers if w is not killed}
+    finished = [t for t in trials if t.state in FINISHED]
+    assert 8 <= len(finished) <= 9  # the other worker may have been at one more
+    assert len({t.user_attrs['worker'] for t in finished}) == 2
+    space = SearchSpace(scales=(2, 4), cardinalities=(1, 2, 4), growth_rates=(2, 4))
+    for t in finished:
+        assert t.params['cardinality'] in space.valid_cardinalities(t.params['growth_rate'], t.params['scale'])
+    assert (tmp_path / 'study' / 'best.yaml').exists() and (tmp_path / 'study' / 'trials.csv').exists()
+
+
+def _load(url):
+    try:
+        return optuna.load_study(study_name='study', storage=url)
+    except Exception:  # not yet there, or half made
+        return None
