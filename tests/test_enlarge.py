@@ -1,0 +1,63 @@
+"""Weights of a 32x32 model in a model with the stem for larger images."""
+import pytest
+import timm
+import torch
+
+import timm_dense2net  # noqa: F401
+from timm_dense2net.checkpoint import load_weights, save_weights
+from timm_dense2net.enlarge import load_all_but_stem, main
+
+
+def create(seed, **kwargs):
+    torch.manual_seed(seed)
+    return timm.create_model('dense2net40_k12_s4', **kwargs).eval()
+
+
+def test_trunk_computes_the_same_after_any_stem():
+    small, large = create(0), create(1, stem_type='deep')
+    left = load_all_but_stem(large, small.state_dict())
+    assert left == [name for name in large.state_dict() if name.startswith(('features.conv', 'features.norm'))
+                    and not name.startswith('features.norm5')]
+    x = torch.randn(2, 24, 16, 16, generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        outputs = []
+        for model in (small, large):
+            first = [name for name, _ in model.features.named_children()].index('denseblock1')
+            outputs.append(model.forward_head(model.features[first:](x)))
+        torch.testing.assert_close(outputs[1], outputs[0], rtol=0, atol=0)
+        assert large(torch.randn(1, 3, 64, 64)).isfinite().all()
+
+
+def test_classifier_is_new_for_other_classes():
+    small, large = create(0), create(1, stem_type='deep', num_classes=10)
+    before = large.classifier.weight.clone()
+    left = load_all_but_stem(large, small.state_dict())
+    assert {'classifier.weight', 'classifier.bias'} <= set(left)
+    assert torch.equal(large.classifier.weight, before)
+
+
+def test_other_blocks_are_refused():
+    large = create(1, stem_type='deep', scale=2)
+    before = {name: tensor.clone() for name, tensor in large.state_dict().items()}
+    with pytest.raises(ValueError, match='of other blocks: .*denseblock1'):
+        load_all_but_stem(large, create(0).state_dict())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in large.state_dict().items())
+
+
+def test_command(tmp_path, capsys):
+    small = timm.create_model('dense2net121_s4')
+    path, output = tmp_path / 'small.safetensors', tmp_path / 'large.safetensors'
+    save_weights(path, small.state_dict(), dict(model='dense2net121_s4', class_names='["a"]'))
+    assert main([str(path), '--model', 'dense2net121d_s4', '--output', str(output)]) == 0
+    assert 'new: features.conv0.weight' in capsys.readouterr().out
+    # timm's own way to begin from a checkpoint takes the file
+    model = timm.create_model('dense2net121d_s4', num_classes=100, checkpoint_path=str(output))
+    assert torch.equal(model.classifier.weight, small.classifier.weight)
+    assert load_weights(output)[1]['model'] == 'dense2net121d_s4'
+    for argv, message in (
+            ([str(path), '--model', 'dense2net121_s4'], 'has no stem for larger images'),
+            ([str(path), '--model', 'dense2net121d_s8'], 'of other blocks'),
+            ([str(tmp_path / 'none'), '--model', 'dense2net121d_s4'], 'no weights at')):
+        assert main([*argv, '--output', str(output)]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith('error: ') and message in error
