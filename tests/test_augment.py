@@ -71,8 +71,8 @@ def assert_same_mean(first, second):
 def test_crop_and_flip_is_torchvisions(count, channels, height, width, padding):
     images = random_images(count, channels, height, width)
     rng = np.random.default_rng(0)
-    crop = torch.from_numpy(rng.integers(2 * padding + 1, size=(count, 2)))
-    flip = torch.from_numpy(rng.random(count) < 0.5)
+    crop = rng.integers(2 * padding + 1, size=(count, 2))
+    flip = rng.random(count) < 0.5
     got = crop_and_flip(images, crop, flip, padding)
     for image, (top, left), flipped, result in zip(images, crop.tolist(), flip, got):
         expected = F.crop(F.pad(image, padding), top, left, height, width)

@@ -144,12 +144,12 @@ def to_device(values: np.ndarray, device: torch.device) -> torch.Tensor:
     return torch.from_numpy(np.ascontiguousarray(values)).to(device, non_blocking=True)
 
 
-def crop_and_flip(images: torch.Tensor, crop: torch.Tensor, flip: torch.Tensor, padding: int) -> torch.Tensor:
+def crop_and_flip(images: torch.Tensor, crop: np.ndarray, flip: np.ndarray, padding: int) -> torch.Tensor:
     """Pad with black, crop to the original size, then flip.
 
     Args:
         images: Batch, B x C x H x W, any dtype.
-        crop: Top and left of each crop in the padded image, B x 2, int64.
+        crop: Top and left of each crop in the padded image, B x 2.
         flip: Which images are flipped left to right, B, bool.
         padding: Pixels added on each side.
 
@@ -158,17 +158,25 @@ def crop_and_flip(images: torch.Tensor, crop: torch.Tensor, flip: torch.Tensor, 
     """
     batch, channels, height, width = images.shape
     device = images.device
-    if padding:
-        padded = F.pad(images, (padding,) * 4)
-        wide = width + 2 * padding
-        # Every run of `width` pixels of the padded batch is a row of this view: a crop is then a choice of rows,
-        # which are copied whole.
-        runs = padded.as_strided((padded.numel() - width + 1, width), (1, 1))
-        plane = torch.arange(batch * channels, device=device).view(batch, channels, 1) * (height + 2 * padding) * wide
-        row = (crop[:, :1] + torch.arange(height, device=device)) * wide + crop[:, 1:]
-        images = runs.index_select(0, (plane + row.unsqueeze(1)).flatten()).view(batch, channels, height, width)
-    both = torch.cat((images, images.flip(3)))
-    return both.index_select(0, torch.arange(batch, device=device) + batch * flip)
+    # The images to be flipped are brought together, flipped at once, and put back by the last choice of images.
+    order = np.argsort(flip, kind='stable')
+    position = np.argsort(order)
+    images = images.index_select(0, to_device(order, device))
+    kept = batch - int(flip.sum())
+    images = torch.cat((images[:kept], images[kept:].flip(3)))
+    if not padding:
+        return images.index_select(0, to_device(position, device))
+
+    images = F.pad(images, (padding,) * 4)
+    tall, wide = images.shape[2:]
+    left = np.where(flip, 2 * padding - crop[:, 1], crop[:, 1])
+    first = (position * channels * tall + crop[:, 0]) * wide + left
+    # Every run of `width` pixels of the padded batch is a row of this view: a crop is then a choice of rows, which are
+    # copied whole.
+    runs = images.as_strided((images.numel() - width + 1, width), (1, 1))
+    rows = torch.arange(channels, device=device).view(-1, 1) * tall + torch.arange(height, device=device)
+    rows = rows * wide + to_device(first, device).view(-1, 1, 1)
+    return runs.index_select(0, rows.flatten()).view(batch, channels, height, width)
 
 
 def _boxes_over(start: np.ndarray, stop: np.ndarray, size: tuple[int, int], device: torch.device) -> torch.Tensor:
@@ -284,8 +292,7 @@ class BatchAugment:
             uint8 batch, B x C x H x W.
         """
         if self.config.crop_padding or self.config.hflip:
-            crop, flip = to_device(draws.crop, images.device), to_device(draws.flip, images.device)
-            images = crop_and_flip(images, crop, flip, self.config.crop_padding)
+            images = crop_and_flip(images, draws.crop, draws.flip, self.config.crop_padding)
         return images if self.auto_augment is None else self.auto_augment(images, draws)
 
     def finish(self, images: torch.Tensor, draws: ImageDraws) -> torch.Tensor:
