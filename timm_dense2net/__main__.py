@@ -13,6 +13,7 @@ from pathlib import Path
 COMMANDS = {
     'evaluate': 'evaluate',
     'models': 'listing',
+    'package': 'packaged',
     'predict': 'predict',
     'publish': 'publish',
     'report': 'report',

@@ -25,10 +25,12 @@ from timm.layers import (
     get_norm_act_layer,
 )
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models._builder import resolve_pretrained_cfg
 from timm.models._features import feature_take_indices
 from timm.models._manipulate import MATCH_PREV_GROUP
 
 from .fused import FusedDenseBlock, FusedDenseTransition, FusedSplitHierarchyConv2d, is_fusable
+from .packaged import check_pretrained, packaged_file
 
 __all__ = ['Dense2Net', 'SplitHierarchyConv2d']
 
@@ -551,6 +553,9 @@ class Dense2Net(nn.Module):
 
 
 def _create_dense2net(variant: str, pretrained: bool = False, **kwargs) -> Dense2Net:
+    if pretrained:
+        check_pretrained(resolve_pretrained_cfg(
+            variant, kwargs.get('pretrained_cfg'), kwargs.get('pretrained_cfg_overlay')))
     num_features = len(kwargs['block_config']) + 1
     return build_model_with_cfg(
         Dense2Net,
@@ -587,7 +592,7 @@ default_cfgs = generate_default_cfgs({
     'dense2net121_s4_c32.untrained': _cfg(),
     'dense2net121_s4_se.untrained': _cfg(),
     'dense2net121_s8_se.untrained': _cfg(),
-    'dense2net40_k12_s4.untrained': _cfg(pool_size=(8, 8)),
+    'dense2net40_k12_s4.quick_c100': _cfg(pool_size=(8, 8), file=packaged_file('dense2net40_k12_s4.quick_c100')),
     'dense2net100_k12_s4.untrained': _cfg(pool_size=(8, 8)),
     'dense2net169_s8.untrained': _cfg(),
     'dense2net201_s8.untrained': _cfg(),

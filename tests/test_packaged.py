@@ -1,0 +1,94 @@
+"""Pretrained weights that come with the package."""
+import csv
+import json
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file, save_file
+
+import timm_dense2net  # noqa: F401
+from timm_dense2net import packaged
+from timm_dense2net.evaluate import main as evaluate_main
+
+ROOT = Path(__file__).parent.parent
+CIFAR100 = ROOT.parent / 'shared' / 'cifar100'
+PRETRAINED = [n for n in timm.list_pretrained('*dense*net*') if timm.get_pretrained_cfg(n).file]
+TAGGED = [n for n in PRETRAINED if '.' in n]
+NAME = 'dense2net40_k12_s4'
+
+
+@pytest.fixture
+def no_cache():
+    packaged.check_packaged.cache_clear()
+    yield
+    packaged.check_packaged.cache_clear()
+
+
+def test_list_pretrained_is_true():
+    assert f'{NAME}.quick_c100' in TAGGED
+    ours = {n for n in timm.list_pretrained() if n.split('.')[0] in timm.list_models(module='dense2net')}
+    assert ours == set(TAGGED)
+    files = {f'{n}.safetensors' for n in TAGGED}
+    assert {p.name for p in packaged.WEIGHTS_DIR.glob('*.safetensors')} == files == set(packaged._read_sums())
+
+
+@pytest.mark.parametrize('name', TAGGED)
+def test_weights_load_exactly_and_are_half_precision(name):
+    stored = load_file(packaged.packaged_file(name))
+    assert {t.dtype for t in stored.values()} <= {torch.float16, torch.int64}
+    model = timm.create_model(name, pretrained=True)
+    for key, tensor in model.state_dict().items():
+        assert torch.equal(tensor, stored[key].to(tensor.dtype)), key
+
+
+def test_weights_adapt_to_other_heads_and_inputs():
+    model = timm.create_model(NAME, pretrained=True)
+    x = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    grey = timm.create_model(NAME, pretrained=True, in_chans=1, num_classes=7)
+    torch.testing.assert_close(  # timm sums in the precision of the file
+        grey.features.conv0.weight, model.features.conv0.weight.sum(1, keepdim=True), rtol=1e-3, atol=1e-3)
+    assert grey(x[:, :1]).shape == (2, 7)
+    net = timm.create_model(NAME, pretrained=True, features_only=True).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(net(x)[-1], model.eval().forward_features(x))
+    assert timm.create_model(NAME, pretrained=True, num_classes=0).eval()(x).shape == (2, model.num_features)
+
+
+def test_a_name_without_weights_says_so():
+    with pytest.raises(RuntimeError) as info:
+        timm.create_model('dense2net201_s8', pretrained=True)
+    assert 'dense2net201_s8' in str(info.value) and f'{NAME}.quick_c100' in str(info.value)
+
+
+def test_own_weights_by_overlay(tmp_path):
+    own = timm.create_model('dense2net40_k12_s4', num_classes=7)
+    save_file(own.state_dict(), tmp_path / 'own.safetensors')
+    model = timm.create_model(
+        'dense2net40_k12_s4', pretrained=True, num_classes=7,
+        pretrained_cfg_overlay=dict(file=str(tmp_path / 'own.safetensors'), num_classes=7))
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), own.state_dict().values()))
+
+
+def test_damaged_weights_are_refused(tmp_path, monkeypatch, no_cache):
+    path = Path(packaged.packaged_file(f'{NAME}.quick_c100'))
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    monkeypatch.setattr(packaged, 'WEIGHTS_DIR', tmp_path)
+    (tmp_path / path.name).write_bytes(data)
+    with pytest.raises(RuntimeError, match='damaged.*install timm_dense2net again'):
+        packaged.check_packaged(str(tmp_path / path.name))
+    with pytest.raises(RuntimeError, match='not there'):
+        packaged.check_packaged(str(tmp_path / 'absent.safetensors'))
+
+
+@pytest.mark.skipif(not CIFAR100.is_dir(), reason='needs ../shared/cifar100, the CIFAR-100 parquet files')
+def test_test_split_accuracy_is_that_of_the_table(tmp_path):
+    with open(ROOT / 'results' / 'results.csv', newline='') as f:
+        row = next(r for r in csv.DictReader(f) if r['model'] == NAME and r['tag'] == 'quick_c100')
+    figures = tmp_path / 'figures.json'
+    args = ['--model', NAME, '--pretrained', '--dataset', f'hfds/{CIFAR100}', '--output', str(figures)]
+    assert evaluate_main(args) == 0
+    # Half precision may move an image or two of 10,000 across a boundary.
+    assert json.loads(figures.read_text())['top1'] == pytest.approx(float(row['top1']), abs=0.1)
