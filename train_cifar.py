@@ -66,7 +66,6 @@ def evaluate_only(args: argparse.Namespace, processes: Processes) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the job; returns the exit code: 0, 1 (fault), 2 (bad arguments) or 128 + a signal's number."""
-    setup_default_logging()
     try:
         args = parse_args(argv)
     except (ValueError, OSError) as e:
@@ -88,4 +87,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == '__main__':
+    setup_default_logging()
     sys.exit(main())

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import torch
+from timm.utils import setup_default_logging
 
 # Imported here so that the fork server has them once for all runs.
 import sklearn.datasets  # noqa: F401
@@ -64,6 +65,7 @@ def _job(argv, log, prepare):
     # Drawing takes most of a tiny run's time, and a run does without it where matplotlib is missing.
     sys.modules['matplotlib'] = None
     with open(log, 'a') as f, contextlib.redirect_stdout(f), contextlib.redirect_stderr(f):
+        setup_default_logging()
         if prepare is not None:
             prepare()
         code = run_here(argv)

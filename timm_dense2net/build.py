@@ -23,6 +23,7 @@ from .augment import AugmentConfig
 from .data import (
     BatchLoader, ImageArrays, ImageReader, check_same_classes, dataset_stats, hold_out_split, load_images)
 from .distributed import Processes
+from .hub import HUB_ERRORS, one_line
 from .options import saved_args
 from .trained import load_trained
 from .version import __version__
@@ -72,12 +73,30 @@ def build_data(args: argparse.Namespace) -> RunData:
     """
     train, test = _load_split(args, 'train'), _load_split(args, 'test')
     check_same_classes(train, test)
-    pretrained_cfg = timm.get_pretrained_cfg(args.model, allow_unregistered=True) if args.pretrained else None
-    mean, std = (pretrained_cfg.mean, pretrained_cfg.std) if pretrained_cfg else dataset_stats(train)
+    mean, std = _pretrained_stats(args.model) if args.pretrained else dataset_stats(train)
     validation = test
     if args.hold_out:
         train, validation = hold_out_split(train, args.hold_out, args.seed)
     return RunData(train, validation, test, tuple(args.mean or mean), tuple(args.std or std))
+
+
+def _pretrained_stats(model: str) -> tuple[Sequence[float], Sequence[float]]:
+    """Mean and standard deviation that a model's pretrained weights were trained with."""
+    _check_model_name(model)
+    try:
+        # Created, as the configuration of a model on the Hub or in a folder is read with it.
+        cfg = timm.create_model(model).pretrained_cfg
+    except HUB_ERRORS as e:
+        raise ValueError(f'{model}: {one_line(e)}') from e
+    return cfg['mean'], cfg['std']
+
+
+def _check_model_name(model: str) -> None:
+    if ':' in model or is_model(model):
+        return
+    close = difflib.get_close_matches(split_model_name_tag(model)[0], list_models(), n=3)
+    hint = f', did you mean {" or ".join(close)}?' if close else ''
+    raise ValueError(f"timm has no model '{model}'{hint}")
 
 
 def build_model(args: argparse.Namespace, images: Images) -> nn.Module:
@@ -86,17 +105,14 @@ def build_model(args: argparse.Namespace, images: Images) -> nn.Module:
     Raises:
         ValueError: If timm has no such model, or it does not take the arguments or the weights.
     """
-    if ':' not in args.model and not is_model(args.model):
-        close = difflib.get_close_matches(split_model_name_tag(args.model)[0], list_models(), n=3)
-        hint = f', did you mean {" or ".join(close)}?' if close else ''
-        raise ValueError(f"timm has no model '{args.model}'{hint}")
+    _check_model_name(args.model)
     try:
         model = timm.create_model(
             args.model, pretrained=args.pretrained, checkpoint_path=args.initial_checkpoint or '',
             num_classes=images.num_classes, in_chans=images.image_shape[0], drop_rate=args.drop,
             drop_path_rate=args.drop_path, **args.model_kwargs)
-    except (TypeError, RuntimeError) as e:
-        raise ValueError(f'{args.model}: {" ".join(str(e).split())[:500]}') from e
+    except (TypeError, *HUB_ERRORS) as e:
+        raise ValueError(f'{args.model}: {one_line(e)}') from e
     return convert_sync_batchnorm(model) if args.sync_bn else model
 
 

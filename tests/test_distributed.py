@@ -1,0 +1,112 @@
+"""Training by two processes: the same result as by one, one writer, and a lost worker replaced."""
+import csv
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from training_runs import ROOT, TIMES, TRAIN_SCRIPT, arguments, assert_same_run, finish, read_state, start
+
+from timm_dense2net.checkpoint import CHECKPOINT_FILE, load_weights
+
+pytestmark = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason='torch was built without gloo')
+
+# Group norm and no dropout: nothing depends on how a batch is divided among processes.
+UNDIVIDED = ['--model-kwargs', 'norm_layer=groupnorm1', '--drop', '0', '--epochs', '1', '--lr', '0.01']
+
+
+def torchrun(argv, max_restarts=0):
+    command = [
+        sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2', '--max-restarts',
+        str(max_restarts), '--monitor-interval', '0.1', str(TRAIN_SCRIPT), *map(str, argv)]
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get('PYTHONPATH')]))
+    environment = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': path}
+    return subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+
+
+def completed(process, code=0):
+    output, _ = process.communicate(timeout=600)
+    assert process.returncode == code, output
+    return output
+
+
+def workers(process):
+    """Ids of the training processes that a torchrun process started."""
+    found = []
+    for task in Path(f'/proc/{process.pid}/task').iterdir():
+        for pid in (task / 'children').read_text().split():
+            if TRAIN_SCRIPT.name in Path(f'/proc/{pid}/cmdline').read_text():
+                found.append(int(pid))
+    return found
+
+
+def wait_for(condition, process, seconds=300):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+@pytest.fixture(scope='module')
+def two_processes(tmp_path_factory):
+    """A run of two processes that nothing interrupted, with batch norm, EMA, dropout and mid-epoch checkpoints."""
+    output = tmp_path_factory.mktemp('two')
+    completed(torchrun(arguments(output, '-b', '64', '--log-interval', '1')))
+    return output / 'run'
+
+
+def test_same_as_one_process(tmp_path):
+    """128 images a batch, as one share of 128 or two of 64."""
+    assert finish(start(arguments(tmp_path, *UNDIVIDED, '-b', '128', name='one'), tmp_path / 'log')) == 0
+    completed(torchrun(arguments(tmp_path, *UNDIVIDED, '-b', '64', name='two')))
+    one, two = (load_weights(tmp_path / name / 'last.safetensors')[0] for name in ('one', 'two'))
+    for name in one:
+        torch.testing.assert_close(two[name], one[name], rtol=1e-4, atol=1e-5)
+    rows = []
+    for name in ('one', 'two'):
+        with open(tmp_path / name / 'summary.csv', newline='') as f:
+            rows.append([float(value) for key, value in next(csv.DictReader(f)).items() if key not in TIMES])
+    assert rows[0] == pytest.approx(rows[1], rel=1e-4)
+    assert read_state(tmp_path / 'two')['position'] == read_state(tmp_path / 'one')['position']
+
+
+def test_lost_worker_is_replaced(tmp_path, two_processes):
+    """One of two workers is killed in mid-epoch; torchrun starts both anew and they end at the same bits."""
+    argv = arguments(tmp_path, '-b', '64', '--log-interval', '1', '--resume', 'auto')
+    process = torchrun(argv, max_restarts=1)
+    wait_for((tmp_path / 'run' / 'summary.csv').exists, process)
+    first = workers(process)
+    assert len(first) == 2
+    os.kill(first[1], signal.SIGKILL)
+    output = completed(process)
+    assert 'Going on after' in output
+    assert_same_run(tmp_path / 'run', two_processes)
+
+
+def test_signal_to_all_is_agreed_on(tmp_path):
+    """torchrun hands SIGTERM on; the workers agree on a step, save and end."""
+    process = torchrun(arguments(tmp_path, '-b', '64', '--log-interval', '1', '--epochs', '1000'))
+    wait_for((tmp_path / 'run' / 'summary.csv').exists, process)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode != 0 and 'SIGTERM: the state is saved' in output
+    state = read_state(tmp_path / 'run')
+    assert state['position']['updates'] > 0 and len(state['processes']) == 2
+
+
+def test_one_process_goes_on_where_two_were(tmp_path, two_processes):
+    """At an epoch's end the number of processes may change; within one it may not."""
+    import shutil
+    shutil.copytree(two_processes, tmp_path / 'run')
+    assert len(read_state(tmp_path / 'run')['processes']) == 2
+    log = tmp_path / 'log'
+    argv = ['--resume', str(tmp_path / 'run'), '--epochs', '4', '-b', '128']
+    assert finish(start(argv, log)) == 0, log.read_text()
+    assert 'Saved by 2 processes, 1 go on' in log.read_text()
+    assert (tmp_path / 'run' / CHECKPOINT_FILE).exists() and read_state(tmp_path / 'run')['position']['epoch'] == 4

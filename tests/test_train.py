@@ -1,0 +1,290 @@
+"""The training job: one step, evaluation, and whole small runs with the options that change them."""
+import csv
+import json
+from copy import deepcopy
+
+import pytest
+import timm
+import torch
+import torch.nn as nn
+import yaml
+from timm.utils import accuracy
+from training_runs import arguments, finish, read_state, read_summary_rows, run_here, start
+
+from timm_dense2net.build import count_macs
+from timm_dense2net.checkpoint import load_weights
+from timm_dense2net.distributed import Processes
+from timm_dense2net.engine import TrainLoss, TrainStep, evaluate, predict
+from timm_dense2net.options import parse_args
+
+
+def linear_model():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Flatten(), nn.Linear(12, 5)).double()
+
+
+def batches(count, size=4):
+    generator = torch.Generator().manual_seed(1)
+    return [
+        (torch.randn(size, 3, 2, 2, dtype=torch.double, generator=generator),
+         torch.randint(5, (size,), generator=generator)) for _ in range(count)]
+
+
+def update(model, groups, **kwargs):
+    step = TrainStep(model, nn.CrossEntropyLoss(), torch.optim.SGD(model.parameters(), 0.1, momentum=0.9), **kwargs)
+    return [step(group) for group in groups]
+
+
+def test_step_is_the_optimizers_own():
+    model, expected = linear_model(), linear_model()
+    optimizer = torch.optim.SGD(expected.parameters(), 0.1, momentum=0.9)
+    for images, targets in batches(3):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(expected(images), targets).backward()
+        optimizer.step()
+    update(model, [[batch] for batch in batches(3)])
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), expected.parameters()))
+
+
+def test_accumulated_batches_are_one_batch():
+    whole, parts = linear_model(), linear_model()
+    group = batches(4)
+    joined = tuple(map(torch.cat, zip(*group)))
+    figures = update(whole, [[joined]])[0]
+    part_figures = update(parts, [group])[0]
+    assert all(torch.allclose(a, b, rtol=1e-12) for a, b in zip(whole.parameters(), parts.parameters()))
+    assert part_figures.shape == (2, 4)
+    assert torch.allclose(part_figures[0].mean(), figures[0, 0]) and part_figures[1].sum() == figures[1, 0]
+
+
+def test_clipping_bounds_the_update():
+    model, before = linear_model(), linear_model()
+    update(model, [batches(1)], clip_grad=1e-3)
+    change = torch.cat([(a - b).flatten() for a, b in zip(model.parameters(), before.parameters())])
+    assert change.norm().item() == pytest.approx(0.1 * 1e-3, rel=1e-4)
+
+
+@pytest.mark.parametrize('smoothing', [0., 0.1])
+def test_loss_of_indices_and_of_weights_agree(smoothing):
+    logits, targets = torch.randn(8, 5, dtype=torch.double), torch.randint(5, (8,))
+    soft = nn.functional.one_hot(targets, 5).double() * (1 - smoothing) + smoothing / 5
+    loss = TrainLoss(smoothing)
+    assert torch.allclose(loss(logits, targets), loss(logits, soft).to(loss(logits, targets).dtype))
+    expected = nn.functional.cross_entropy(logits.float(), targets, label_smoothing=smoothing)
+    assert torch.allclose(loss(logits, targets), expected)
+
+
+def test_evaluation_weighs_every_image_alike():
+    """The last batch is short: the mean is over images, not over batches."""
+    model = linear_model()
+    data = [*batches(2), *batches(1, size=1)]
+    images, targets = map(torch.cat, zip(*data))
+    metrics = evaluate(model, data)
+    logits = model(images).float()
+    top1, top5 = accuracy(logits, targets, topk=(1, 5))
+    assert metrics['top1'] == pytest.approx(top1.item()) and metrics['top5'] == pytest.approx(top5.item())
+    assert metrics['loss'] == pytest.approx(nn.functional.cross_entropy(logits, targets).item())
+    predicted, same_targets = predict(model, data)
+    assert torch.allclose(predicted, logits) and torch.equal(same_targets, targets)
+
+
+def test_macs_are_those_of_the_design():
+    import timm_dense2net  # noqa: F401
+    model = timm.create_model('dense2net40_k12_s4', num_classes=100)
+    expected = 0
+    for module in model.modules():
+        if isinstance(module, (nn.Conv2d, nn.Linear)):
+            module.register_forward_hook(count_hook := lambda m, x, y: macs.append(
+                y.numel() * m.weight[0].numel()))
+    macs = []
+    model.eval()(torch.zeros(1, 3, 32, 32))
+    expected = sum(macs)
+    assert count_macs(model, (3, 32, 32)) == expected and count_hook
+
+
+def test_run_leaves_what_it_should(tmp_path):
+    """Files, figures and weights of a run; evaluation of them gives the same."""
+    assert run_here(arguments(tmp_path, '--epochs', '2')) == 0
+    run = tmp_path / 'run'
+    names = {path.name for path in run.iterdir()}
+    assert names >= {
+        'args.yaml', 'summary.csv', 'curves.png', 'last.safetensors', 'best.safetensors', 'checkpoint.safetensors',
+        'checkpoint-prev.safetensors', 'result.json', 'report.json', 'per_class.csv', 'confusion_matrix.csv',
+        'confusion_matrix.png'}
+    assert not [name for name in names if name.startswith('.')]
+
+    with open(run / 'summary.csv', newline='') as f:
+        rows = list(csv.DictReader(f))
+    assert list(rows[0]) == [
+        'epoch', 'train_loss', 'train_top1', 'train_seconds', 'train_images_per_second', 'eval_loss', 'eval_top1',
+        'eval_top5', 'lr']
+    assert [row['epoch'] for row in rows] == ['0', '1']
+    assert float(rows[1]['train_loss']) < float(rows[0]['train_loss'])
+
+    result = json.loads((run / 'result.json').read_text())
+    assert result['test_top1'] == pytest.approx(float(rows[1]['eval_top1']), abs=1e-3)
+    assert result['best_top1'] == max(float(row['eval_top1']) for row in rows)
+    assert (result['epochs'], result['ema'], result['seed'], result['tested']) == (2, True, 1, 'last')
+
+    weights, metadata = load_weights(run / 'last.safetensors')
+    model = timm.create_model(metadata['model'], num_classes=int(metadata['num_classes']))
+    model.load_state_dict(weights)
+    state = read_state(run)
+    assert all(torch.equal(weights[name], state['ema'][name]) for name in weights)
+    assert not all(torch.equal(weights[name], state['model'][name]) for name in weights)
+    arguments_in_file = json.loads(metadata['args'])
+    assert arguments_in_file['lr'] == 0.05 and str(tmp_path) not in json.dumps(metadata)
+    assert yaml.safe_load((run / 'args.yaml').read_text())['lr'] == 0.05
+
+
+def test_evaluation_only(tmp_path, capsys):
+    assert run_here(arguments(tmp_path, '--epochs', '1')) == 0
+    result = json.loads((tmp_path / 'run' / 'result.json').read_text())
+    capsys.readouterr()
+    for path in (tmp_path / 'run', tmp_path / 'run' / 'best.safetensors'):
+        assert run_here(['--eval-only', '--checkpoint', path, '--dataset', 'digits', '--img-size', '8']) == 0
+        assert f'test top-1 {result["test_top1"]:.2f}, top-5 {result["test_top5"]:.2f}' in capsys.readouterr().out
+    assert run_here(['--eval-only', '--checkpoint', tmp_path, '--dataset', 'digits']) == 1
+    assert 'no weights at' in capsys.readouterr().err
+
+
+def run(tmp_path, *more, name='run'):
+    log = tmp_path / f'{name}.log'
+    code = finish(start(arguments(tmp_path, *more, name=name), log))
+    assert code == 0, log.read_text()
+    return tmp_path / name, log.read_text()
+
+
+def test_same_seed_same_bits_other_seed_other_bits(tmp_path):
+    weights = []
+    for name, seed in (('a', 1), ('b', 1), ('c', 2)):
+        folder, _ = run(tmp_path, '--epochs', '1', '--seed', seed, name=name)
+        weights.append(load_weights(folder / 'last.safetensors')[0])
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    assert not all(torch.equal(weights[0][name], weights[2][name]) for name in weights[0])
+
+
+def test_plateau_decays_and_training_stops_early(tmp_path):
+    """A rate too small to learn anything: it decays each time the loss does not fall, then the run ends."""
+    folder, log = run(
+        tmp_path, '--lr', '1e-6', '--no-model-ema', '--epochs', '30', '--early-stop-patience', '4', '--drop', '0',
+        '--model-kwargs', 'norm_layer=groupnorm1', '--decay-rate', '0.5')
+    rows = read_summary_rows(folder)
+    assert len(rows) < 30
+    tops = [float(row['eval_top1']) for row in rows]
+    assert max(tops[:-4]) >= max(tops[-4:])
+    assert float(rows[-1]['lr']) < 1e-6
+    assert json.loads((folder / 'result.json').read_text())['epochs'] == len(rows)
+
+
+def test_hold_out_touches_the_test_split_once(tmp_path, monkeypatch):
+    """Every epoch is judged by the held-out images; the weights that are tested are those chosen by them."""
+    import timm_dense2net.build as build
+    import timm_dense2net.runs as runs
+    read = []
+
+    def noting(original, where):
+        def load(args, images, *rest, **kwargs):
+            read.append((where, len(images)))
+            return original(args, images, *rest, **kwargs)
+        return load
+    from training_runs import train_cifar
+    monkeypatch.setattr(train_cifar, 'build_loader', noting(build.build_loader, 'training'))
+    monkeypatch.setattr(runs, 'build_loader', noting(build.build_loader, 'test'))
+    assert run_here(arguments(tmp_path, '--hold-out', '300', '--epochs', '2')) == 0
+    assert read == [('training', 1437 - 300), ('training', 300), ('test', 360)]
+    result = json.loads((tmp_path / 'run' / 'result.json').read_text())
+    assert (result['tested'], result['hold_out']) == ('best', 300)
+    best = load_weights(tmp_path / 'run' / 'best.safetensors')[1]
+    assert float(best['top1']) == pytest.approx(result['best_top1'], abs=1e-3)
+
+
+@pytest.mark.parametrize('more', [
+    ['--amp', '--channels-last', '--grad-accum-steps', '2', '--clip-grad', '1', '--torchcompile', 'aot_eager'],
+    ['--amp', '--amp-dtype', 'float16', '--channels-last', '--grad-accum-steps', '3', '--clip-grad', '1'],
+    ['--mixup', '0.2', '--cutmix', '1', '--mixup-off-epoch', '1', '--smoothing', '0.1', '--aa', 'cifar10',
+     '--cutout-holes', '1', '--sched', 'cosine', '--sched-on-updates', '--warmup-epochs', '1', '--opt', 'adamw',
+     '--lr', '0.002', '--layer-decay', '0.8'],
+])
+def test_options_work_together(tmp_path, more):
+    model = ['--model', 'dense2net40_k12_s4', '--model-kwargs', 'block_config=[1, 1, 1]', '-b', '64']
+    folder, _ = run(tmp_path, *model, *more, '--epochs', '2')
+    rows = read_summary_rows(folder)
+    assert float(rows[1]['train_loss']) < float(rows[0]['train_loss']) or '--mixup' in more
+    assert float(rows[1]['eval_loss']) < 2.4
+
+
+def test_layer_decay_scales_the_rate(tmp_path):
+    """Also under 'plateau', whose scheduler is torch's."""
+    run(tmp_path, '--epochs', '1', '--layer-decay', '0.5', '--sched', 'plateau')
+    groups = read_state(tmp_path / 'run')['optimizer']['param_groups']
+    assert len({group['lr'] for group in groups}) > 2
+    assert all(group['lr'] == pytest.approx(0.05 * group['lr_scale']) for group in groups)
+
+
+def test_weight_decay_is_on_all_parameters(tmp_path):
+    run(tmp_path, '--epochs', '1')
+    groups = read_state(tmp_path / 'run')['optimizer']['param_groups']
+    assert [group['weight_decay'] for group in groups] == [1e-4]
+
+
+def test_initial_checkpoint(tmp_path, capsys):
+    folder, _ = run(tmp_path, '--epochs', '1', '--no-model-ema', name='first')
+    more = ['--epochs', '1', '--no-model-ema', '--lr', '0', '--initial-checkpoint', folder / 'last.safetensors']
+    run(tmp_path, *more, name='second')
+    first, second = (load_weights(tmp_path / name / 'last.safetensors')[0] for name in ('first', 'second'))
+    names = dict(timm.create_model('test_resnet').named_parameters())
+    assert all(torch.equal(first[name], second[name]) for name in names if name in first)
+    assert run_here(arguments(tmp_path, *more, '--model', 'resnet18', name='third')) == 1
+    assert 'error: resnet18' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('more, words', [
+    (['--model', 'dense2net121_s44'], ["no model 'dense2net121_s44'", 'dense2net121_s4']),
+    (['--model-kwargs', 'growht_rate=3'], ['test_resnet', 'growht_rate']),
+    (['--dataset', 'torch/cifar100', '--data-dir', 'nowhere'], ['torch/cifar100', 'nowhere']),
+    (['--num-classes', '7'], ['digits', '10 classes', '7']),
+    (['--batch-size', '5000'], ['1437', '5000']),
+    (['--hold-out', '5000'], ['5000', '1437']),
+    (['--hflip', '2'], ['hflip', '2']),
+    (['--aa', 'imagenet'], ['auto_augment', 'imagenet']),
+    (['--device', 'cuda:99'], ['cuda:99']),
+    (['--pretrained', '--model', 'dense2net169_s8'], ['dense2net169_s8', 'pretrained']),
+])
+def test_user_mistakes_are_one_message(tmp_path, monkeypatch, capsys, more, words):
+    monkeypatch.chdir(tmp_path)
+    assert run_here(arguments(tmp_path, *more)) in (1, 2)
+    error = capsys.readouterr().err
+    assert error.count('error: ') == 1 and 'Traceback' not in error
+    assert all(word in error for word in words), error
+    assert not list(tmp_path.iterdir())
+
+
+def test_ema_follows_timm():
+    """The EMA that is saved is ModelEmaV3's, updated with the number of updates so that it warms up."""
+    from timm.utils import ModelEmaV3
+
+    from timm_dense2net.trainer import Trainer
+    args = parse_args(['--model-ema', '--model-ema-warmup', '--lr', '0.1', '--device', 'cpu'])
+    model = linear_model().float()
+    data = [(images.float(), targets) for images, targets in batches(3)]
+
+    class Loader:
+        def __len__(self):
+            return len(data)
+
+        def epoch(self, epoch, start_step=0):
+            return iter(data[start_step:])
+
+    trainer = Trainer(args, model, Loader(), Loader(), None, {}, Processes(torch.device('cpu')))
+    expected_model = deepcopy(model)
+    expected = ModelEmaV3(expected_model, decay=0.9998, use_warmup=True)
+    optimizer = torch.optim.SGD(expected_model.parameters(), 0.1, momentum=0.9, weight_decay=1e-4)
+    for number, (images, targets) in enumerate(data, start=1):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(expected_model(images), targets).backward()
+        optimizer.step()
+        expected.update(expected_model, step=number)
+    trainer._train_epoch()
+    for ours, theirs in zip(trainer.model_to_keep.parameters(), expected.module.parameters()):
+        assert torch.allclose(ours, theirs, atol=1e-7)
