@@ -105,13 +105,15 @@ class MixDraws(NamedTuple):
 def draw_images(config: AugmentConfig, count: int, size: tuple[int, int], rng: np.random.Generator) -> ImageDraws:
     """Draw flips, crops, AutoAugment operations and cutout squares for ``count`` images of ``size`` (H, W)."""
     policies = len(_auto_augment(config.auto_augment).policies) if config.auto_augment else 1
+    # One call for all, since at this size a call costs more than its numbers.
+    uniform = rng.random((count, 8 + 2 * config.cutout_holes))
     return ImageDraws(
-        flip=rng.random(count) < config.hflip,
-        crop=rng.integers(2 * config.crop_padding + 1, size=(count, 2)),
-        policy=rng.integers(policies, size=count),
-        apply=rng.random((count, 2)),
-        negate=rng.random((count, 2)) < 0.5,
-        holes=rng.integers(size, size=(count, config.cutout_holes, 2)),
+        flip=uniform[:, 0] < config.hflip,
+        crop=(uniform[:, 1:3] * (2 * config.crop_padding + 1)).astype(np.int64),
+        policy=(uniform[:, 3] * policies).astype(np.int64),
+        apply=uniform[:, 4:6],
+        negate=uniform[:, 6:8] < 0.5,
+        holes=(uniform[:, 8:].reshape(count, -1, 2) * size).astype(np.int64),
     )
 
 
