@@ -14,6 +14,7 @@ from timm_dense2net.augment import (
     ImageDraws,
     MixDraws,
     Normalize,
+    _take_runs,
     crop_and_flip,
     cutout_mask,
     draw_images,
@@ -29,6 +30,11 @@ MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
 def random_images(count, channels=3, height=32, width=32, seed=0):
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(0, 256, (count, channels, height, width), dtype=torch.uint8, generator=generator)
+
+
+def augment_pixels(config, images, draws):
+    augment = BatchAugment(config, Normalize(MEAN, STD, CPU))
+    return augment.pixels(augment.pad(images.contiguous()), np.arange(len(images)), draws)
 
 
 def smooth_images(count, seed=0):
@@ -65,6 +71,15 @@ def assert_same_mean(first, second):
     assert abs(first.mean() - second.mean()) < 5 * error, (first.mean(), second.mean(), error)
 
 
+def test_runs_are_taken_alike_on_every_device():
+    """Other devices take them element by element; that way is tried here on the CPU's memory."""
+    values = random_images(3, 2, 7, 5)
+    first = torch.tensor([0, 11, 11, 204])
+    expected = [values.flatten()[start:start + 6] for start in first]
+    assert torch.equal(_take_runs(values, first, 6), torch.stack(expected))
+    assert torch.equal(torch.take(values, first.unsqueeze(1) + torch.arange(6)), torch.stack(expected))
+
+
 @pytest.mark.parametrize('count, channels, height, width, padding', [
     (16, 3, 32, 32, 4), (1, 3, 32, 32, 4), (5, 1, 33, 17, 3), (4, 3, 9, 9, 0), (4, 3, 5, 8, 11), (3, 2, 1, 1, 1),
 ])
@@ -73,8 +88,9 @@ def test_crop_and_flip_is_torchvisions(count, channels, height, width, padding):
     rng = np.random.default_rng(0)
     crop = rng.integers(2 * padding + 1, size=(count, 2))
     flip = rng.random(count) < 0.5
-    got = crop_and_flip(images, crop, flip, padding)
-    for image, (top, left), flipped, result in zip(images, crop.tolist(), flip, got):
+    index = rng.permutation(count)
+    got = crop_and_flip(F.pad(images, padding), index, crop, flip, (height, width))
+    for image, (top, left), flipped, result in zip(images[index], crop.tolist(), flip, got):
         expected = F.crop(F.pad(image, padding), top, left, height, width)
         assert torch.equal(result, F.hflip(expected) if flipped else expected)
 
@@ -85,8 +101,7 @@ def test_crops_and_flips_are_distributed_as_torchvisions():
     count, padding = 8000, 2
     config = AugmentConfig(crop_padding=padding)
     draws = draw_images(config, count, (8, 8), np.random.default_rng(0))
-    got = BatchAugment(config, Normalize((0.5,), (0.5,), CPU)).pixels(
-        image.expand(count, 1, 8, 8).contiguous(), draws)
+    got = augment_pixels(config, image.expand(count, 1, 8, 8), draws)
     torch.manual_seed(0)
     theirs = transforms.Compose([transforms.RandomCrop(8, padding), transforms.RandomHorizontalFlip()])
     reference = torch.stack([theirs(image) for _ in range(count)])
@@ -150,7 +165,7 @@ def test_cutout_fills_with_the_mean():
     images = random_images(64)
     draws = draw_images(config, 64, (32, 32), np.random.default_rng(0))
     augment = BatchAugment(config, Normalize(MEAN, STD, CPU))
-    assert torch.equal(augment.pixels(images, draws), images)
+    assert torch.equal(augment_pixels(config, images, draws), images)
     kept = cutout_mask(draws.holes, 8, (32, 32), CPU).bool()
     got = augment.finish(images, draws)
     assert torch.equal(got, torch.where(kept, augment.normalize(images), torch.zeros(())))
@@ -197,12 +212,10 @@ def test_auto_augment_is_torchvisions_for_every_operation(monkeypatch, channels,
     count = len(cases)
     images = torch.nn.functional.interpolate(
         smooth_images(count)[:, :channels].float(), size=(height, width)).to(torch.uint8)
-    draws = draw_images(AugmentConfig(), count, (height, width), np.random.default_rng(0))._replace(
-        policy=cases[:, 0].astype(int), apply=cases[:, 1:3], negate=cases[:, 3:].astype(bool),
-        flip=np.zeros(count, dtype=bool))
     config = AugmentConfig(hflip=0., crop_padding=0, auto_augment='cifar10')
-    augment = BatchAugment(config, Normalize(MEAN, STD, CPU))
-    got = augment.pixels(images.clone(), draws)
+    draws = draw_images(config, count, (height, width), np.random.default_rng(0))._replace(
+        policy=cases[:, 0].astype(int), apply=cases[:, 1:3], negate=cases[:, 3:].astype(bool))
+    got = augment_pixels(config, images, draws)
     theirs = transforms.v2.AutoAugment(transforms.AutoAugmentPolicy.CIFAR10)
     for index, image in enumerate(images):
         given = GivenDraws(theirs, draws, index)
@@ -216,10 +229,9 @@ def test_auto_augment_does_not_depend_on_the_batch():
     config = AugmentConfig(auto_augment='cifar10')
     images = smooth_images(300)
     draws = draw_images(config, 300, (32, 32), np.random.default_rng(0))
-    augment = BatchAugment(config, Normalize(MEAN, STD, CPU))
-    together = augment.pixels(images.clone(), draws)
+    together = augment_pixels(config, images, draws)
     for part in (slice(0, 1), slice(1, 100), slice(100, 300)):
-        assert torch.equal(augment.pixels(images[part].clone(), draws.take(part)), together[part])
+        assert torch.equal(augment_pixels(config, images[part], draws.take(part)), together[part])
 
 
 def test_auto_augmented_images_are_distributed_as_torchvisions():
@@ -227,8 +239,7 @@ def test_auto_augmented_images_are_distributed_as_torchvisions():
     image = smooth_images(1)
     config = AugmentConfig(hflip=0., crop_padding=0, auto_augment='cifar10')
     draws = draw_images(config, count, (32, 32), np.random.default_rng(0))
-    augment = BatchAugment(config, Normalize(MEAN, STD, CPU))
-    got = augment.pixels(image.repeat(count, 1, 1, 1), draws)
+    got = augment_pixels(config, image.repeat(count, 1, 1, 1), draws)
     torch.manual_seed(0)
     theirs = transforms.v2.AutoAugment(transforms.AutoAugmentPolicy.CIFAR10)
     reference = torch.stack([theirs(image[0]) for _ in range(count)])
@@ -245,7 +256,7 @@ def test_whole_pipeline_is_distributed_as_torchvisions():
     config = AugmentConfig(crop_padding=1, cutout_holes=1, cutout_length=4)
     augment = BatchAugment(config, Normalize(MEAN, STD, CPU))
     draws = draw_images(config, count, (8, 8), np.random.default_rng(0))
-    got = augment.finish(augment.pixels(image.repeat(count, 1, 1, 1), draws), draws)
+    got = augment.finish(augment_pixels(config, image.repeat(count, 1, 1, 1), draws), draws)
 
     def cutout(tensor):
         y, x = torch.randint(8, (2,)).tolist()

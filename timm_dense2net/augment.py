@@ -146,39 +146,46 @@ def to_device(values: np.ndarray, device: torch.device) -> torch.Tensor:
     return torch.from_numpy(np.ascontiguousarray(values)).to(device, non_blocking=True)
 
 
-def crop_and_flip(images: torch.Tensor, crop: np.ndarray, flip: np.ndarray, padding: int) -> torch.Tensor:
-    """Pad with black, crop to the original size, then flip.
+def crop_and_flip(
+        images: torch.Tensor,
+        index: np.ndarray,
+        crop: np.ndarray,
+        flip: np.ndarray,
+        size: tuple[int, int],
+) -> torch.Tensor:
+    """Crop images out of a set of padded ones, then flip some.
 
     Args:
-        images: Batch, B x C x H x W, any dtype.
-        crop: Top and left of each crop in the padded image, B x 2.
-        flip: Which images are flipped left to right, B, bool.
-        padding: Pixels added on each side.
+        images: Padded images, N x C x H' x W', contiguous, any dtype.
+        index: Which of them make the batch, B.
+        crop: Top and left of each crop, B x 2.
+        flip: Which crops are flipped left to right, B, bool.
+        size: Height and width of the crops.
 
     Returns:
         Batch, B x C x H x W.
     """
-    batch, channels, height, width = images.shape
+    channels, tall, wide = images.shape[1:]
+    height, width = size
     device = images.device
-    # The images to be flipped are brought together, flipped at once, and put back by the last choice of images.
+    # The images to be flipped go last, are flipped at once, and all are put back in order.
     order = np.argsort(flip, kind='stable')
-    position = np.argsort(order)
-    images = images.index_select(0, to_device(order, device))
-    kept = batch - int(flip.sum())
-    images = torch.cat((images[:kept], images[kept:].flip(3)))
-    if not padding:
-        return images.index_select(0, to_device(position, device))
-
-    images = F.pad(images, (padding,) * 4)
-    tall, wide = images.shape[2:]
-    left = np.where(flip, 2 * padding - crop[:, 1], crop[:, 1])
-    first = (position * channels * tall + crop[:, 0]) * wide + left
-    # Every run of `width` pixels of the padded batch is a row of this view: a crop is then a choice of rows, which are
-    # copied whole.
-    runs = images.as_strided((images.numel() - width + 1, width), (1, 1))
+    first = ((index * channels * tall + crop[:, 0]) * wide + crop[:, 1])[order]
     rows = torch.arange(channels, device=device).view(-1, 1) * tall + torch.arange(height, device=device)
-    rows = rows * wide + to_device(first, device).view(-1, 1, 1)
-    return runs.index_select(0, rows.flatten()).view(batch, channels, height, width)
+    rows = to_device(first, device).view(-1, 1, 1) + rows * wide
+    batch = _take_runs(images, rows.flatten(), width).view(-1, channels, height, width)
+    kept = len(flip) - int(flip.sum())
+    batch = torch.cat((batch[:kept], batch[kept:].flip(3)))
+    return batch.index_select(0, to_device(np.argsort(order), device))
+
+
+def _take_runs(values: torch.Tensor, first: torch.Tensor, length: int) -> torch.Tensor:
+    """Runs of ``length`` neighbours in memory, which begin at ``first`` in the flattened values."""
+    if values.device.type != 'cpu':
+        return torch.take(values, first.unsqueeze(1) + torch.arange(length, device=values.device))
+    # Every run is a row of this view, and a CPU copies rows whole, several times faster than element by element.
+    runs = values.as_strided((values.numel() - length + 1, length), (1, 1))
+    return runs.index_select(0, first)
 
 
 def _boxes_over(start: np.ndarray, stop: np.ndarray, size: tuple[int, int], device: torch.device) -> torch.Tensor:
@@ -283,19 +290,24 @@ class BatchAugment:
         self.normalize = normalize
         self.auto_augment = _auto_augment(config.auto_augment) if config.auto_augment else None
 
-    def pixels(self, images: torch.Tensor, draws: ImageDraws) -> torch.Tensor:
+    def pad(self, images: torch.Tensor) -> torch.Tensor:
+        """Images with the black border that crops may reach into."""
+        return F.pad(images, (self.config.crop_padding,) * 4) if self.config.crop_padding else images
+
+    def pixels(self, images: torch.Tensor, index: np.ndarray, draws: ImageDraws) -> torch.Tensor:
         """What is done to uint8 pixels: crop, flip and AutoAugment.
 
         Args:
-            images: uint8 batch, B x C x H x W.
-            draws: For these images.
+            images: uint8, N x C x H' x W', from :meth:`pad`.
+            index: Which of them make the batch, B.
+            draws: For the batch.
 
         Returns:
             uint8 batch, B x C x H x W.
         """
-        if self.config.crop_padding or self.config.hflip:
-            images = crop_and_flip(images, draws.crop, draws.flip, self.config.crop_padding)
-        return images if self.auto_augment is None else self.auto_augment(images, draws)
+        size = tuple(side - 2 * self.config.crop_padding for side in images.shape[-2:])
+        batch = crop_and_flip(images, index, draws.crop, draws.flip, size)
+        return batch if self.auto_augment is None else self.auto_augment(batch, draws)
 
     def finish(self, images: torch.Tensor, draws: ImageDraws) -> torch.Tensor:
         """What is done after :meth:`pixels`: normalisation and cutout.

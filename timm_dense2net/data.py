@@ -49,7 +49,7 @@ _SPLIT_NAMES = {
 }
 
 # Data sets of more bytes than this, as uint8, are read from where they are.
-_MEMORY_LIMIT = 8 << 30
+_MEMORY_LIMIT = 4 << 30
 
 # AutoAugment takes this many pixels at a time: images of several steps share its operations' fixed cost.
 _AUTO_AUGMENT_PIXELS = 1 << 21
@@ -597,10 +597,10 @@ class BatchLoader:
         self.num_classes = images.num_classes
         self.image_size = tuple(images.image_shape[1:])
         self.reader = images if isinstance(images, ImageReader) else None
-        self.held = images.images.to(self.device) if isinstance(images, ImageArrays) else None
         self.labels = images.labels.to(self.device)
         self.config = (train and augment) or AugmentConfig(hflip=0., crop_padding=0)
         self.augment = BatchAugment(self.config, Normalize(mean, std, self.device))
+        self.held = self.augment.pad(images.images.to(self.device)) if isinstance(images, ImageArrays) else None
 
     def __len__(self) -> int:
         """Steps of an epoch on this process."""
@@ -635,7 +635,8 @@ class BatchLoader:
         batch = self.batch_size // self.world_size
         steps = range(start_step, len(self))
         indices = [np.arange(start + step * batch, min(start + (step + 1) * batch, stop)) for step in steps]
-        for index, images in zip(indices, self._fetch(indices)):
+        for index, (images, chosen) in zip(indices, self._fetch([[index] for index in indices])):
+            images = images.index_select(0, to_device(chosen, self.device))
             yield self.augment.normalize(images), self.labels[index[0]:index[-1] + 1]
 
     def _train_batches(self, epoch: int, start_step: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -649,12 +650,10 @@ class BatchLoader:
             [self._plan(order, step, mixing) for step in range(first, min(first + group, len(self)))]
             for first in range(start_step - start_step % group, len(self), group)
         ]
-        fetched = self._fetch([step.index[step.rows] for steps in groups for step in steps])
-        for steps in groups:
+        fetched = self._fetch([[step.index[step.rows] for step in steps] for steps in groups])
+        for steps, (images, chosen) in zip(groups, fetched):
             drawn = [self._draw(epoch, step, mixing) for step in steps]
-            pixels = [next(fetched) for _ in steps]
-            pixels = pixels[0] if len(pixels) == 1 else torch.cat(pixels)
-            pixels = self.augment.pixels(pixels, ImageDraws.join([draws for draws, _ in drawn]))
+            pixels = self.augment.pixels(images, chosen, ImageDraws.join([draws for draws, _ in drawn]))
             parts = pixels.split([len(step.rows) for step in steps])
             for step, part, (draws, mix) in zip(steps, parts, drawn):
                 if step.number >= start_step:
@@ -691,23 +690,25 @@ class BatchLoader:
             targets = mix_targets(targets, self.num_classes, mix, self.config.smoothing)
         return images[:step.share], targets[:step.share]
 
-    def _fetch(self, indices: list[np.ndarray]) -> Iterator[torch.Tensor]:
-        """uint8 images of each list of indices, on the device."""
+    def _fetch(self, groups: list[list[np.ndarray]]) -> Iterator[tuple[torch.Tensor, np.ndarray]]:
+        """For each group of batches, padded uint8 images on the device and which of them are the group's."""
         if self.held is not None:
-            for index in indices:
-                yield self.held.index_select(0, to_device(index, self.device))
+            for group in groups:
+                yield self.held, np.concatenate(group)
             return
         loader = DataLoader(
             self.reader,
-            batch_sampler=indices,
+            batch_sampler=[index for group in groups for index in group],
             num_workers=self.num_workers,
             collate_fn=fast_collate,
             pin_memory=self.device.type == 'cuda',
             generator=torch.Generator(),  # keeps the loader's own draws off the global one
         )
+        batches = iter(loader)
         try:
-            for images, _ in loader:
-                yield images.to(self.device, non_blocking=True)
+            for group in groups:
+                images = torch.cat([next(batches)[0].to(self.device, non_blocking=True) for _ in group])
+                yield self.augment.pad(images), np.arange(len(images))
         except ValueError as error:
             # A worker's message comes with its traceback in front.
             raise ValueError(str(error).strip().rpartition('\nValueError: ')[2]) from error
