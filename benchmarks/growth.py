@@ -1,0 +1,189 @@
+"""How time and memory grow with batch, resolution, scale and depth: what grows faster than the work does is marked.
+
+    python benchmarks/growth.py --output results/growth
+    python benchmarks/growth.py --model dense2net40_k12_s4 --modes forward fused --max-seconds 5
+
+Each point runs in a process of its own on a CPU (with torch's counters on a GPU). A sweep stops at the first point that
+takes longer than --max-seconds or more memory than there is. Writes growth.md, growth.csv and growth.png.
+"""
+import argparse
+import copy
+import csv
+import multiprocessing
+import os
+import resource
+import statistics
+import time
+from pathlib import Path
+from typing import Any, Dict, List, Optional, Tuple
+
+import timm
+import torch
+import torch.nn.functional as F
+from timm.utils import reparameterize_model
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
+
+from timm_dense2net.dense2net import Dense2Net
+
+DEVICE = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
+BATCHES = (1, 4, 16, 64, 256, 1024)
+SIZES = (32, 64, 96, 128, 160, 224)
+SCALES = (2, 4, 8)
+DEPTHS = {40: (6, 6, 6), 121: (6, 12, 24, 16), 169: (6, 12, 32, 32), 201: (6, 12, 48, 32)}
+# Time or memory a unit of work, over that of the point before: more than this is more than noise.
+SUPERLINEAR = 1.3
+COLUMNS = ['mode', 'axis', 'value', 'batch', 'size', 'gflop', 'ms', 'images_per_s', 'gflop_per_s', 'peak_mb']
+
+
+def sweeps(model: str, batch: int) -> List[Tuple[str, int, int, int, Dict[str, Any]]]:
+    """Axis, value, batch, image size and constructor arguments of every point."""
+    points = [('batch', b, b, 32, dict(model=model)) for b in BATCHES]
+    points += [('resolution', s, max(1, batch // 8), s, dict(model=model)) for s in SIZES]
+    points += [('scale', s, batch, 32, dict(scale=s)) for s in SCALES]
+    points += [('depth', d, batch, 32, dict(scale=8, block_config=c)) for d, c in DEPTHS.items()]
+    return points
+
+
+def run_point(mode: str, batch: int, size: int, kwargs: Dict[str, Any], calls: int = 3) -> Dict[str, float]:
+    """Median time of a step after a first one, its peak memory above the network and batch, and its operations."""
+    torch.manual_seed(0)
+    kwargs = dict(kwargs)
+    name = kwargs.pop('model', None)
+    model = timm.create_model(name, num_classes=100) if name else Dense2Net(num_classes=100, **kwargs)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        copy.deepcopy(model).to('meta').eval()(torch.empty(1, 3, size, size, device='meta'))
+    gflop = counter.get_total_flops() * batch * (3 if mode == 'train' else 1) / 1e9
+    model = model.to(DEVICE).train(mode == 'train')
+    if mode == 'fused':
+        model = reparameterize_model(model)
+    x, target = torch.randn(batch, 3, size, size, device=DEVICE), torch.randint(100, (batch,), device=DEVICE)
+
+    def step() -> float:
+        start = time.perf_counter()
+        with torch.inference_mode(mode != 'train'):
+            y = model(x)
+        if mode == 'train':
+            F.cross_entropy(y, target).backward()
+        if DEVICE.type == 'cuda':
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    if DEVICE.type == 'cuda':
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step()
+        peak = torch.cuda.max_memory_allocated() - before
+    else:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        step()
+        peak = 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+    seconds = statistics.median(step() for _ in range(calls))
+    return dict(
+        gflop=gflop, ms=1e3 * seconds, images_per_s=batch / seconds, gflop_per_s=gflop / seconds, peak_mb=peak / 2**20)
+
+
+def point_in_process(*args: Any) -> Optional[Dict[str, float]]:
+    """The point's figures, None where memory did not suffice."""
+    if DEVICE.type == 'cuda':
+        try:
+            return run_point(*args)
+        except torch.cuda.OutOfMemoryError:
+            return None
+    with multiprocessing.get_context('spawn').Pool(1) as pool:
+        try:
+            return pool.apply(run_point, args)
+        except (RuntimeError, MemoryError) as error:
+            if 'allocate memory' not in str(error) and not isinstance(error, MemoryError):
+                raise
+            return None
+
+
+def superlinear(rows: List[Dict[str, Any]]) -> List[str]:
+    """Neighbouring points of a sweep between which time or memory a unit of work rises."""
+    found = []
+    for before, after in zip(rows, rows[1:]):
+        if (before['mode'], before['axis']) != (after['mode'], after['axis']) or after['axis'] in ('scale', 'depth'):
+            continue
+        work = after['gflop'] / before['gflop']
+        for name in ('ms', 'peak_mb'):
+            if before[name] > 0 and after[name] / before[name] > SUPERLINEAR * work:
+                what = 'time' if name == 'ms' else 'memory'
+                found.append(
+                    f"{after['mode']}, {after['axis']} {before['value']} to {after['value']}: "
+                    f"{work:.1f} times the work, {after[name] / before[name]:.1f} times the {what}")
+    return found
+
+
+def write_tables(model: str, rows: List[Dict[str, Any]], out: Path) -> str:
+    lines = [
+        f'{model} unless scale or depth vary; {DEVICE.type}, {torch.get_num_threads()} threads, '
+        f'torch {torch.__version__}.', '',
+        '| step | axis | value | batch | size | GFLOP | ms | images/s | GFLOP/s | peak MiB |',
+        '|---|---|--:|--:|--:|--:|--:|--:|--:|--:|']
+    for r in rows:
+        lines.append(
+            f"| {r['mode']} | {r['axis']} | {r['value']} | {r['batch']} | {r['size']} | {r['gflop']:.1f} "
+            f"| {r['ms']:.0f} | {r['images_per_s']:.1f} | {r['gflop_per_s']:.1f} | {r['peak_mb']:.0f} |")
+    found = superlinear(rows)
+    lines += ['', 'Superlinear growth:' if found else 'No superlinear growth.'] + [f'* {line}' for line in found]
+    text = '\n'.join(lines) + '\n'
+    out.mkdir(parents=True, exist_ok=True)
+    (out / 'growth.md.tmp').write_text(text)
+    os.replace(out / 'growth.md.tmp', out / 'growth.md')
+    with open(out / 'growth.csv.tmp', 'w', newline='') as f:
+        writer = csv.DictWriter(f, COLUMNS)
+        writer.writeheader()
+        writer.writerows(rows)
+    os.replace(out / 'growth.csv.tmp', out / 'growth.csv')
+    return text
+
+
+def plot(rows: List[Dict[str, Any]], out: Path) -> None:
+    import matplotlib
+    matplotlib.use('Agg')
+    import matplotlib.pyplot as plt
+    axes_names = ('batch', 'resolution', 'scale', 'depth')
+    figure, axes = plt.subplots(2, 4, figsize=(14, 6), layout='constrained')
+    for i, (key, label) in enumerate((('images_per_s', 'images/s'), ('peak_mb', 'peak MiB'))):
+        for axis, name in zip(axes[i], axes_names):
+            for mode in dict.fromkeys(r['mode'] for r in rows):
+                part = [r for r in rows if r['mode'] == mode and r['axis'] == name]
+                axis.plot([r['value'] for r in part], [r[key] for r in part], marker='o', label=mode)
+            axis.set(xlabel=name, ylabel=label, yscale='log', xscale='log' if name == 'batch' else 'linear')
+    axes[0][0].legend()
+    figure.savefig(out / 'growth.png.tmp', format='png', dpi=120)
+    os.replace(out / 'growth.png.tmp', out / 'growth.png')
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--model', default='dense2net121_s8', help='network of the batch and resolution sweeps')
+    parser.add_argument('--batch', type=int, default=16, help='batch size of the other sweeps')
+    parser.add_argument('--modes', nargs='+', choices=('forward', 'fused', 'train'),
+                        default=['forward', 'fused', 'train'])
+    parser.add_argument('--max-seconds', type=float, default=10., help='a sweep stops at a longer step')
+    parser.add_argument('--output', type=Path, default=Path('results/growth'), help='folder to write to')
+    args = parser.parse_args()
+    if not timm.is_model(args.model):
+        parser.error(f"unknown model '{args.model}'")
+    if args.batch < 1:
+        parser.error(f'--batch must be at least 1, got {args.batch}')
+    rows: List[Dict[str, Any]] = []
+    stopped = set()
+    points = [(mode, *point) for mode in args.modes for point in sweeps(args.model, args.batch)]
+    for mode, axis, value, batch, size, kwargs in tqdm(points):
+        if (mode, axis) in stopped:
+            continue
+        figures = point_in_process(mode, batch, size, kwargs)
+        if figures is not None:
+            rows.append(dict(mode=mode, axis=axis, value=value, batch=batch, size=size, **figures))
+            text = write_tables(args.model, rows, args.output)
+        if figures is None or figures['ms'] > 1e3 * args.max_seconds:
+            stopped.add((mode, axis))
+    print(text)
+    plot(rows, args.output)
+
+
+if __name__ == '__main__':
+    main()
