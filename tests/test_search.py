@@ -21,7 +21,7 @@ from optuna.trial import FixedTrial, TrialState  # noqa: E402
 from timm_dense2net.dense2net import SplitHierarchyConv2d  # noqa: E402
 from timm_dense2net.options import parse_args  # noqa: E402
 from timm_dense2net.search import (  # noqa: E402
-    SearchSpace, ValidSampler, draw_plots, main, open_study, trial_args, write_best, write_trials)
+    SearchSpace, ValidSampler, Worker, draw_plots, main, open_study, trial_args, write_best, write_trials)
 
 pytestmark = pytest.mark.filterwarnings('ignore::optuna.exceptions.ExperimentalWarning')
 
@@ -37,12 +37,24 @@ def command(output, *args):
     return [sys.executable, '-c', code, '--study', 'study', '--output', str(output), *TRAIN_ARGS, *args]
 
 
-def start(output, *args, log=subprocess.DEVNULL):
-    environment = dict(os.environ, OMP_NUM_THREADS='1', PYTHONPATH=str(Path(__file__).parents[1]))
-    return subprocess.Popen(command(output, *args), env=environment, stdout=log, stderr=log)
+@pytest.fixture
+def start():
+    """Starts a worker; those that are still there when the test ends are killed."""
+    workers = []
+
+    def start(output, *args):
+        environment = dict(os.environ, OMP_NUM_THREADS='1', PYTHONPATH=str(Path(__file__).parents[1]))
+        workers.append(subprocess.Popen(
+            command(output, *args), env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL))
+        return workers[-1]
+
+    yield start
+    for worker in workers:
+        worker.kill()
+        worker.wait(10)
 
 
-def wait_for(condition, seconds=120):
+def wait_for(condition, seconds=300):
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         value = condition()
@@ -155,20 +167,44 @@ def test_errors(args, message, tmp_path, capsys):
     assert error.startswith('error: ') and message in error and 'secret' not in error
 
 
-def test_stop_and_go_on(tmp_path):
+class SilentWorker(Worker):
+    """Its first trial is taken from it while it trains."""
+
+    def _train(self, trial, args):
+        if trial.number == 0:
+            storage = self.study._storage
+            storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
+            storage.get_heartbeat_stale_trial_callback()(self.study, storage.get_trial(trial._trial_id))
+            if self.reports:
+                trial.report(1., 1)
+        return 50.
+
+
+@pytest.mark.parametrize('reports', [False, True])
+def test_worker_that_was_taken_for_dead(tmp_path, reports):
+    space, base = SearchSpace(), base_args('--output', str(tmp_path))
+    study = open_study('study', f'sqlite:///{tmp_path}/study.db', space, epochs=3)
+    worker = SilentWorker(study, base, space, tmp_path, None, None)
+    worker.reports = reports
+    worker.run(1)
+    assert [t.state for t in study.trials] == [TrialState.FAIL, TrialState.COMPLETE]
+    assert study.trials[1].params == study.trials[0].params
+
+
+def test_stop_and_go_on(tmp_path, start):
     """A stopped worker's trial is given out again and goes on at the batch where it was stopped."""
     args = ('--trials', '1', '--epochs', '12')
     summary = tmp_path / 'study' / 'trial-00000' / 'summary.csv'
     worker = start(tmp_path, *args)
     wait_for(lambda: summary.exists() and len(summary.read_text().splitlines()) > 2)
     worker.send_signal(signal.SIGTERM)
-    assert worker.wait(60) == 128 + signal.SIGTERM
+    assert worker.wait(300) == 128 + signal.SIGTERM
     assert (summary.parent / 'checkpoint.safetensors').exists()
     rows = summary.read_text().splitlines()
     study = optuna.load_study(study_name='study', storage=f'sqlite:///{tmp_path}/study/study.db')
     assert [t.state for t in study.trials] == [TrialState.FAIL, TrialState.WAITING]
     assert study.trials[0].params == study.trials[1].params
-    assert start(tmp_path, *args).wait(120) == 0
+    assert start(tmp_path, *args).wait(300) == 0
     again = summary.read_text().splitlines()
     assert again[:len(rows)] == rows and [row.split(',')[0] for row in again[1:]] == [str(i) for i in range(12)]
     assert [t.state for t in study.trials] == [TrialState.FAIL, TrialState.COMPLETE]
@@ -215,7 +251,7 @@ def postgresql():
 
 
 @pytest.mark.parametrize('database', ['sqlite', 'postgresql'])
-def test_several_workers_one_of_them_killed(database, tmp_path, request):
+def test_several_workers_one_of_them_killed(database, tmp_path, start, request):
     url = f'sqlite:///{tmp_path}/study.db'
     args = ['--trials', '8', '--epochs', '3', '--heartbeat', '2']
     if database == 'postgresql':
@@ -223,21 +259,15 @@ def test_several_workers_one_of_them_killed(database, tmp_path, request):
     args += ['--storage', url]
     # Started together, on a database without tables.
     workers = [start(tmp_path, *args) for _ in range(3)]
-    try:
-        study = wait_for(lambda: _load(url))
-        victim = wait_for(lambda: next((
-            t for t in study.get_trials(deepcopy=False)
-            if t.state == TrialState.RUNNING and 'worker' in t.user_attrs), None))
-        pid = int(victim.user_attrs['worker'].split(':')[1])
-        killed = next(w for w in workers if w.pid == pid)
-        killed.kill()
-        assert killed.wait(10) == -signal.SIGKILL
-        assert [w.wait(300) for w in workers if w is not killed] == [0, 0]
-    finally:
-        for worker in workers:
-            if worker.poll() is None:
-                worker.kill()
-                worker.wait(10)
+    study = wait_for(lambda: _load(url))
+    victim = wait_for(lambda: next((
+        t for t in study.get_trials(deepcopy=False)
+        if t.state == TrialState.RUNNING and 'worker' in t.user_attrs), None))
+    pid = int(victim.user_attrs['worker'].split(':')[1])
+    killed = next(w for w in workers if w.pid == pid)
+    killed.kill()
+    assert killed.wait(10) == -signal.SIGKILL
+    assert [w.wait(300) for w in workers if w is not killed] == [0, 0]
     trials = study.get_trials()
     assert trials[victim.number].state == TrialState.FAIL
     again = [t for t in trials if t.system_attrs.get('failed_trial') == victim.number]

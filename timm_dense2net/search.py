@@ -236,6 +236,7 @@ class Worker:
     ):
         self.study, self.args, self.space, self.folder = study, args, space, folder
         self.data, self.processes = data, processes
+        self._number = -1  # of the trial at hand
 
     def run(self, target: int) -> None:
         """Works until `target` trials of the study are finished, by whichever worker.
@@ -248,13 +249,20 @@ class Worker:
             while bar.n < target:
                 try:
                     self.study.optimize(self._objective, n_trials=1)
-                except optuna.exceptions.UpdateFinishedTrialError:
-                    _logger.warning('This worker was silent for too long: its trial was given out again.')
+                except (optuna.exceptions.UpdateFinishedTrialError, ValueError, AssertionError):
+                    # Any of these comes of a trial that others have ended: it depends on how far this worker is.
+                    if not self._given_out_again():
+                        raise
+                    _logger.warning('This worker was silent for too long: another has its trial now.')
                 except Interrupted:
                     _give_out_again(self.study, self.study.get_trials(deepcopy=False)[self._number])
                     raise
                 write_best(self.study, self.args, self.space, self.folder)
                 bar.update(min(_finished(self.study), target) - bar.n)
+
+    def _given_out_again(self) -> bool:
+        trials = self.study.get_trials(deepcopy=False)
+        return any(self._number in RetryHeartbeatStaleTrialCallback.retry_history(trial) for trial in trials)
 
     def _objective(self, trial: Trial) -> float:
         self._number = trial.number
