@@ -171,12 +171,18 @@ def crop_and_flip(
     # The images to be flipped go last, are flipped at once, and all are put back in order.
     order = np.argsort(flip, kind='stable')
     first = ((index * channels * tall + crop[:, 0]) * wide + crop[:, 1])[order]
-    rows = torch.arange(channels, device=device).view(-1, 1) * tall + torch.arange(height, device=device)
-    rows = to_device(first, device).view(-1, 1, 1) + rows * wide
+    rows = to_device(first, device).view(-1, 1, 1) + _row_offsets(channels, tall, wide, height, device)
     batch = _take_runs(images, rows.flatten(), width).view(-1, channels, height, width)
     kept = len(flip) - int(flip.sum())
     batch = torch.cat((batch[:kept], batch[kept:].flip(3)))
     return batch.index_select(0, to_device(np.argsort(order), device))
+
+
+@lru_cache
+def _row_offsets(channels: int, tall: int, wide: int, height: int, device: torch.device) -> torch.Tensor:
+    """Where in memory the rows of a crop begin, C x height, in a padded image of C x tall x wide."""
+    planes = torch.arange(channels, device=device).view(-1, 1) * tall
+    return (planes + torch.arange(height, device=device)) * wide
 
 
 def _take_runs(values: torch.Tensor, first: torch.Tensor, length: int) -> torch.Tensor:
