@@ -11,12 +11,17 @@ from pathlib import Path
 
 # Command -> module of this package whose main(argv) runs it.
 COMMANDS = {
+    'convert': 'convert',
+    'enlarge': 'enlarge',
     'evaluate': 'evaluate',
+    'export': 'export',
     'models': 'listing',
     'package': 'packaged',
     'predict': 'predict',
     'publish': 'publish',
     'report': 'report',
+    'search': 'search',
+    'table': 'table',
 }
 
 
