@@ -457,8 +457,8 @@ def test_seed_and_epoch_alone_decide():
 @pytest.mark.parametrize('augment', [AugmentConfig(), EVERYTHING])
 @pytest.mark.parametrize('pixels', [1, 2000])
 def test_epoch_can_begin_at_any_step(monkeypatch, augment, pixels):
-    """Groups of AutoAugment are one step long, then three."""
-    monkeypatch.setattr('timm_dense2net.data._AUTO_AUGMENT_PIXELS', pixels)
+    """Groups of steps are one step long, then three."""
+    monkeypatch.setattr('timm_dense2net.data._GROUP_PIXELS', pixels)
     loader = make_loader(make_arrays(80), augment=augment)
     whole = list(loader.epoch(1))
     for start in range(len(whole)):
@@ -469,7 +469,7 @@ def test_epoch_can_begin_at_any_step(monkeypatch, augment, pixels):
 def test_grouping_does_not_change_a_batch(monkeypatch):
     loader = make_loader(make_arrays(80), augment=EVERYTHING)
     whole = list(loader.epoch(0))
-    monkeypatch.setattr('timm_dense2net.data._AUTO_AUGMENT_PIXELS', 1)
+    monkeypatch.setattr('timm_dense2net.data._GROUP_PIXELS', 1)
     assert_same_batches(loader.epoch(0), whole)
 
 

@@ -173,8 +173,8 @@ def crop_and_flip(
     first = ((index * channels * tall + crop[:, 0]) * wide + crop[:, 1])[order]
     rows = to_device(first, device).view(-1, 1, 1) + _row_offsets(channels, tall, wide, height, device)
     batch = _take_runs(images, rows.flatten(), width).view(-1, channels, height, width)
-    kept = len(flip) - int(flip.sum())
-    batch = torch.cat((batch[:kept], batch[kept:].flip(3)))
+    flipped = batch[len(flip) - np.count_nonzero(flip):]
+    flipped.copy_(flipped.flip(3))
     return batch.index_select(0, to_device(np.argsort(order), device))
 
 
@@ -201,7 +201,7 @@ def _boxes_over(start: np.ndarray, stop: np.ndarray, size: tuple[int, int], devi
         position = np.arange(length)
         inside = (position >= start[..., axis, None]) & (position < stop[..., axis, None])
         sides.append(to_device(inside.astype(np.float32), device))
-    return torch.bmm(sides[0].mT, sides[1]).unsqueeze(1)
+    return torch.einsum('bnh,bnw->bhw', *sides).unsqueeze(1)
 
 
 def cutout_mask(holes: np.ndarray, length: int, size: tuple[int, int], device: torch.device) -> torch.Tensor:
@@ -280,7 +280,8 @@ class Normalize:
         self.shift = (-mean_ / std_).float().to(device).view(-1, 1, 1)
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
-        return (images * self.scale).add_(self.shift)
+        # Conversion first, then in place: one float batch is written, not three.
+        return images.float().mul_(self.scale).add_(self.shift)
 
 
 class BatchAugment:

@@ -51,8 +51,9 @@ _SPLIT_NAMES = {
 # Data sets of more bytes than this, as uint8, are read from where they are.
 _MEMORY_LIMIT = 4 << 30
 
-# AutoAugment takes this many pixels at a time: images of several steps share its operations' fixed cost.
-_AUTO_AUGMENT_PIXELS = 1 << 21
+# About so many pixels are cropped, flipped and put through AutoAugment at a time: the images of several small steps
+# share the operations' fixed cost.
+_GROUP_PIXELS = 1 << 21
 
 _STATS_SAMPLE = 5000
 
@@ -642,9 +643,7 @@ class BatchLoader:
     def _train_batches(self, epoch: int, start_step: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         order = np.random.default_rng((_PERMUTATION, self.seed, epoch)).permutation(len(self.labels))
         mixing = self.config.mixes and not 0 < self.config.mixup_off_epoch <= epoch
-        group = 1
-        if self.config.auto_augment:
-            group = max(1, _AUTO_AUGMENT_PIXELS // (self.batch_size * math.prod(self.image_size)))
+        group = max(1, _GROUP_PIXELS // (self.batch_size * math.prod(self.image_size)))
         # Groups begin at multiples of their length, so that a step's group is the same wherever the epoch is begun.
         groups = [
             [self._plan(order, step, mixing) for step in range(first, min(first + group, len(self)))]
