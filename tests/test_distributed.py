@@ -30,7 +30,11 @@ def torchrun(argv, max_restarts=0):
 
 
 def completed(process, code=0):
-    output, _ = process.communicate(timeout=600)
+    try:
+        output, _ = process.communicate(timeout=300)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
     assert process.returncode == code, output
     return output
 

@@ -1,11 +1,14 @@
 """The processes of a run: one, or those that torchrun started."""
 from __future__ import annotations
 
+import time
+import uuid
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from timm.utils.distributed import init_distributed_device_so
+from timm.utils.distributed import init_distributed_device_so, is_distributed_env
 from torch import distributed as dist
 
 __all__ = ['Processes', 'start_processes']
@@ -72,6 +75,38 @@ class Processes:
         return int(tensor)
 
 
+def _agree_on_prefix(store: dist.Store, rank: int, world_size: int) -> str:
+    """A name that the processes of this start share and no earlier start of them has used.
+
+    torchrun keeps one store over its restarts, and in it new processes would find the addresses of lost ones
+    (https://github.com/pytorch/pytorch/issues/135712). So each process asks under a name of its own, and process 0
+    answers until all have the answer; a question that a lost process left is answered in vain.
+    """
+    own = uuid.uuid4().hex
+    if rank > 0:
+        store.set(f'ask/{rank}', own)
+        prefix = store.get(f'answer/{own}').decode()
+        store.set(f'{prefix}/heard/{rank}', '')
+        return prefix
+    waiting = set(range(1, world_size))
+    while waiting:
+        for other in waiting:
+            if store.check([f'ask/{other}']):
+                store.set(f'answer/{store.get(f"ask/{other}").decode()}', own)
+        waiting = {other for other in waiting if not store.check([f'{own}/heard/{other}'])}
+        time.sleep(0.02)
+    return own
+
+
+def _restartable_rendezvous(url: str, **kwargs: Any) -> Iterator[tuple[dist.Store, int, int]]:
+    store, rank, world_size = next(dist.rendezvous('env://', **kwargs))
+    yield dist.PrefixStore(_agree_on_prefix(store, rank, world_size), store), rank, world_size
+
+
+if dist.is_available():
+    dist.register_rendezvous_handler('restartable', _restartable_rendezvous)
+
+
 def start_processes(device: str | None = None) -> Processes:
     """Joins the processes that torchrun (or Slurm) started: nccl between GPUs, gloo between CPUs.
 
@@ -83,7 +118,8 @@ def start_processes(device: str | None = None) -> Processes:
     """
     device = device or ('cuda' if torch.cuda.is_available() else 'cpu')
     try:
-        info = init_distributed_device_so(device)
+        info = init_distributed_device_so(
+            device, dist_url='restartable://' if is_distributed_env() and dist.is_torchelastic_launched() else None)
         return Processes(torch.device(info['device']), info['global_rank'], info['world_size'])
     except (AssertionError, RuntimeError) as e:
         raise ValueError(f'--device {device}: {" ".join(str(e).split())}') from e
