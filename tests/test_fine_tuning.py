@@ -73,7 +73,7 @@ def source_run(tmp_path_factory):
     """Six shapes on square pictures."""
     root = tmp_path_factory.mktemp('source')
     data = write_folder(root / 'data', SOURCE_CLASSES, 64, 8, (32, 32), seed=1)
-    run = train(data, root, 'run', '--img-size', '24', '--epochs', '6', '-b', '24', '--lr', '0.1')
+    run = train(data, root, 'run', '--img-size', '24', '--epochs', '10', '-b', '24', '--lr', '0.1')
     assert test_top1(run) > 80.
     return run
 
