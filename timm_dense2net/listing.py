@@ -27,7 +27,8 @@ def model_table(module: str = 'dense2net') -> str:
 def main(argv: list[str] | None = None) -> int:
     """Runs the command; returns the exit code."""
     parser = argparse.ArgumentParser(
-        prog='python -m timm_dense2net models', description='Print the registered models with their sizes, as Markdown.')
+        prog='python -m timm_dense2net models',
+        description='Print the registered models with their sizes, as Markdown.')
     parser.add_argument('--module', default='dense2net', help='dense2net, or any module of timm (%(default)s)')
     args = parser.parse_args(argv)
     if args.module not in timm.list_modules():

@@ -100,7 +100,8 @@ def package_run(run: Path, recipe: str) -> Path:
 def main(argv: list[str] | None = None) -> int:
     """Runs the command; returns the exit code."""
     parser = argparse.ArgumentParser(
-        prog='python -m timm_dense2net package', description='Put the last weights of a CIFAR-100 run into the package.')
+        prog='python -m timm_dense2net package',
+        description='Put the last weights of a CIFAR-100 run into the package.')
     parser.add_argument('run', type=Path, metavar='RUN', help='run folder')
     parser.add_argument('--recipe', required=True, metavar='NAME', help='first part of the tag, NAME_c100')
     args = parser.parse_args(argv)
