@@ -293,7 +293,7 @@ def test_a_pushed_run_is_loaded_back_by_name_and_by_the_cfgs_id(hub, run, publis
     assert online_worker('create', f'hf-hub:{REPO}')[0] == published
     assert online_worker('load', f'hf-hub:{REPO}')[0] == published
     # A cfg without our config.json: the architecture's own, its weights found by hf_hub_id.
-    assert online_worker('create', MODEL, dict(hf_hub_id=REPO))[0] == published
+    assert online_worker('create', MODEL, dict(hf_hub_id=REPO, file=None))[0] == published
 
 
 def test_pushing_again_sends_only_what_changed(hub, run, published, online_worker):

@@ -35,7 +35,7 @@ def check_pretrained(cfg: PretrainedCfg) -> None:
     if not (cfg.has_weights or cfg.state_dict):
         names = ', '.join(list_models(module='dense2net', pretrained=True, include_tags=True))
         raise RuntimeError(
-            f'no pretrained weights exist for {cfg.architecture}; use pretrained=False for random weights, '
+            f'No pretrained weights exist for {cfg.architecture}; use pretrained=False for random weights, '
             f'pretrained_cfg_overlay=dict(file=...) for weights of your own, or one of: {names}')
     if cfg.file and cfg.source != 'local-dir':
         check_packaged(cfg.file)
