@@ -28,7 +28,7 @@ pytestmark = pytest.mark.filterwarnings('ignore::optuna.exceptions.ExperimentalW
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
 # Thin nets on a handful of digits: what is tested is the search.
 TRAIN_ARGS = (
-    '--recipe', 'nano', '--hold-out', '1300', '--img-size', '8', '--no-amp', '-b', '8', '--device', 'cpu',
+    '--recipe', 'nano', '--hold-out', '1300', '--img-size', '8', '--no-amp', '-b', '8', '-vb', '325', '--device', 'cpu',
     '--growth-rates', '2', '4', '--scales', '2', '4', '--cardinalities', '1', '2', '4')
 
 
@@ -44,8 +44,9 @@ def start():
 
     def start(output, *args):
         environment = dict(os.environ, OMP_NUM_THREADS='1', PYTHONPATH=str(Path(__file__).parents[1]))
-        workers.append(subprocess.Popen(
-            command(output, *args), env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL))
+        with open(output / f'worker-{len(workers)}.log', 'wb') as log:
+            workers.append(subprocess.Popen(
+                command(output, *args), env=environment, stdout=log, stderr=subprocess.STDOUT))
         return workers[-1]
 
     yield start
@@ -236,8 +237,8 @@ def postgresql():
             s.bind(('127.0.0.1', 0))
             port = s.getsockname()[1]
         run = dict(user=user, cwd=folder, env=dict(os.environ, PATH=path, LC_ALL='C'), check=True, capture_output=True)
-        subprocess.run(
-            [shutil.which('initdb', path=path), '-D', 'data', '-U', 'search', '--auth=trust', '--no-sync'], **run)
+        initdb = shutil.which('initdb', path=path)
+        subprocess.run([initdb, '-D', 'data', '-U', 'search', '-E', 'UTF8', '--auth=trust', '--no-sync'], **run)
         control = [shutil.which('pg_ctl', path=path), '-D', 'data', '-w']
         options = f'-p {port} -k {folder} -c listen_addresses=127.0.0.1 -c fsync=off'
         subprocess.run([*control, '-l', 'log', '-o', options, 'start'], **dict(
@@ -259,7 +260,8 @@ def test_several_workers_one_of_them_killed(database, tmp_path, start, request):
     args += ['--storage', url]
     # Started together, on a database without tables.
     workers = [start(tmp_path, *args) for _ in range(3)]
-    study = wait_for(lambda: _load(url))
+    wait_for(lambda: list((tmp_path / 'study').glob('trial-*')))
+    study = optuna.load_study(study_name='study', storage=url)
     victim = wait_for(lambda: next((
         t for t in study.get_trials(deepcopy=False)
         if t.state == TrialState.RUNNING and 'worker' in t.user_attrs), None))
@@ -280,10 +282,3 @@ def test_several_workers_one_of_them_killed(database, tmp_path, start, request):
     for t in finished:
         assert t.params['cardinality'] in space.valid_cardinalities(t.params['growth_rate'], t.params['scale'])
     assert (tmp_path / 'study' / 'best.yaml').exists() and (tmp_path / 'study' / 'trials.csv').exists()
-
-
-def _load(url):
-    try:
-        return optuna.load_study(study_name='study', storage=url)
-    except Exception:  # not yet there, or half made
-        return None

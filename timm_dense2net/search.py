@@ -172,7 +172,9 @@ def open_study(name: str, url: str, space: SearchSpace, epochs: int, heartbeat: 
         pruner=optuna.pruners.SuccessiveHalvingPruner(min_resource=max(1, epochs // 9), reduction_factor=3))
 
 
-_give_out_again = RetryHeartbeatStaleTrialCallback(inherit_intermediate_values=True)
+with warnings.catch_warnings():
+    warnings.simplefilter('ignore', optuna.exceptions.ExperimentalWarning)
+    _give_out_again = RetryHeartbeatStaleTrialCallback(inherit_intermediate_values=True)
 
 
 def _open_storage(url: str, attempts: int = 10, **kwargs) -> RDBStorage:
