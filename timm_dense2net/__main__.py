@@ -12,6 +12,7 @@ from pathlib import Path
 # Command -> module of this package whose main(argv) runs it.
 COMMANDS = {
     'convert': 'convert',
+    'demo': 'demo',
     'enlarge': 'enlarge',
     'evaluate': 'evaluate',
     'export': 'export',

@@ -288,7 +288,7 @@ def open_dataset(
 
 def _open_torch(dataset: str, split: str, data_dir: str | None, download: bool) -> Dataset:
     if not data_dir:
-        raise ValueError(f'{dataset}: needs the folder that holds it, or is to hold it, as data_dir.')
+        raise ValueError(f'{dataset}: needs the folder that holds it, or is to hold it, as --data-dir (data_dir).')
     timm_split = 'train' if split == 'train' else 'validation'
     try:
         if not download:

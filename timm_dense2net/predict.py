@@ -206,7 +206,9 @@ def _build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         'images', nargs='+', metavar='IMAGE', help='file, folder, glob pattern, or - for standard input')
     parser.add_argument(
-        '--model', metavar='NAME', help=f'timm model name with weights, hf-hub: or local-dir: name ({_DEFAULT_MODEL})')
+        '--model', metavar='NAME', help=(
+            f'timm model name with weights, hf-hub: or local-dir: name '
+            f'({_DEFAULT_MODEL} once it has weights, else the first packaged model)'))
     parser.add_argument('--checkpoint', metavar='PATH', help='run folder or safetensors file of weights')
     parser.add_argument('--topk', type=int, default=5, metavar='K', help='classes a picture (%(default)s)')
     parser.add_argument('--format', choices=_FORMATS, default='table', help='(%(default)s)')
