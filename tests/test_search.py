@@ -252,7 +252,7 @@ def postgresql():
 
 
 @pytest.mark.skipif(
-    'TEST_SEARCH_WORKERS' not in os.environ, reason='several processes for minutes: set TEST_SEARCH_WORKERS=1 to run it')
+    'TEST_SEARCH_WORKERS' not in os.environ, reason='takes minutes: set TEST_SEARCH_WORKERS=1 to run it')
 @pytest.mark.parametrize('database', ['sqlite', 'postgresql'])
 def test_several_workers_one_of_them_killed(database, tmp_path, start, request):
     url = f'sqlite:///{tmp_path}/study.db'
