@@ -61,11 +61,8 @@ def train(data, output, name, *more):
     return output / name
 
 
-def test_top1(run):
+def top1_of(run):
     return json.loads((run / 'result.json').read_text())['test_top1']
-
-
-test_top1.__test__ = False
 
 
 @pytest.fixture(scope='module')
@@ -74,7 +71,7 @@ def source_run(tmp_path_factory):
     root = tmp_path_factory.mktemp('source')
     data = write_folder(root / 'data', SOURCE_CLASSES, 64, 8, (32, 32), seed=1)
     run = train(data, root, 'run', '--img-size', '24', '--epochs', '10', '-b', '24', '--lr', '0.1')
-    assert test_top1(run) > 80.
+    assert top1_of(run) > 80.
     return run
 
 
@@ -92,9 +89,9 @@ def from_weights(run):
 
 def test_weights_beat_a_start_from_nothing(tmp_path, source_run, target_data):
     budget = ['--img-size', '28', '--epochs', '5', '-b', '10', '--lr', '0.05']
-    scratch = test_top1(train(target_data, tmp_path, 'scratch', *budget))
-    tuned = test_top1(train(target_data, tmp_path, 'tuned', *budget, *from_weights(source_run)))
-    decayed = test_top1(
+    scratch = top1_of(train(target_data, tmp_path, 'scratch', *budget))
+    tuned = top1_of(train(target_data, tmp_path, 'tuned', *budget, *from_weights(source_run)))
+    decayed = top1_of(
         train(target_data, tmp_path, 'decayed', *budget, *from_weights(source_run), '--layer-decay', '0.7'))
     assert min(tuned, decayed) >= max(75., scratch + 10.), f'scratch {scratch}, tuned {tuned}, decayed {decayed}'
 

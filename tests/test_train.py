@@ -12,7 +12,7 @@ from timm.utils import accuracy
 from training_runs import arguments, finish, read_state, read_summary_rows, run_here, start, train_cifar
 
 from timm_dense2net import build, runs
-from timm_dense2net.build import count_macs
+from timm_dense2net.counts import count_macs
 from timm_dense2net.checkpoint import load_weights
 from timm_dense2net.distributed import Processes
 from timm_dense2net.engine import TrainLoss, TrainStep, evaluate, predict

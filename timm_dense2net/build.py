@@ -7,7 +7,6 @@ import json
 import platform
 import subprocess
 from collections.abc import Sequence
-from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Union
@@ -17,7 +16,6 @@ import torch
 import torch.nn as nn
 from timm.layers import convert_sync_batchnorm
 from timm.models import is_model, list_models, split_model_name_tag
-from torch.utils.flop_counter import FlopCounterMode
 
 from .augment import AugmentConfig
 from .data import (
@@ -29,7 +27,7 @@ from .trained import load_trained
 from .version import __version__
 
 __all__ = [
-    'RunData', 'build_data', 'build_loader', 'build_model', 'build_trained', 'count_macs', 'environment',
+    'RunData', 'build_data', 'build_loader', 'build_model', 'build_trained', 'environment',
     'weights_metadata',
 ]
 
@@ -169,14 +167,6 @@ def weights_metadata(args: argparse.Namespace, data: RunData) -> dict[str, str]:
         class_names=json.dumps(data.train.class_names),
         args=json.dumps(arguments),
     )
-
-
-def count_macs(model: nn.Module, input_size: Sequence[int]) -> int:
-    """Multiply-accumulates of the convolutions and matrix products for one (C, H, W) image."""
-    model = deepcopy(model).cpu().eval()
-    with torch.inference_mode(), FlopCounterMode(display=False) as counter:
-        model(torch.zeros(1, *input_size))
-    return counter.get_total_flops() // 2
 
 
 def environment(device: torch.device) -> dict[str, Any]:

@@ -21,8 +21,9 @@ import yaml
 from timm.models import safe_model_name
 from timm.utils import trim_summary, update_summary
 
-from .build import RunData, build_loader, count_macs, environment
+from .build import RunData, build_loader, environment
 from .checkpoint import CHECKPOINT_FILE, PREVIOUS_FILE, load_state, load_weights, read_state_bytes
+from .counts import count_macs, count_params
 from .distributed import Processes
 from .engine import predict
 from .options import ARGS_FILE, saved_args
@@ -149,7 +150,7 @@ def write_run_results(args: argparse.Namespace, data: RunData, trainer: Trainer)
         recipe=args.recipe,
         dataset=args.dataset,
         seed=args.seed,
-        params=sum(parameter.numel() for parameter in model.parameters()),
+        params=count_params(model),
         macs=count_macs(model, data.test.image_shape),
         epochs=trainer.epoch,
         updates=trainer.updates,
