@@ -77,7 +77,7 @@ def test_batch_larger_than_what_is_worked_on_at_a_time(monkeypatch):
     x = images(7, 3, 32, 32)
     with torch.no_grad():
         expected = fused(x)
-        monkeypatch.setattr(timm_dense2net.fused, 'CACHE_BYTES', 200_000)  # two images of the first block
+        monkeypatch.setattr(timm_dense2net.in_place, 'CACHE_BYTES', 200_000)  # two images of the first block
         torch.testing.assert_close(fused(x), expected)
         assert fused(x[:0]).shape == (0, 10)
 

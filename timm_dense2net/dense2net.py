@@ -29,7 +29,8 @@ from timm.models._builder import resolve_pretrained_cfg
 from timm.models._features import feature_take_indices
 from timm.models._manipulate import MATCH_PREV_GROUP
 
-from .fused import FusedDenseBlock, FusedDenseTransition, FusedSplitHierarchyConv2d, is_fusable
+from .fused import (
+    FusedDenseBlock, FusedDenseTransition, FusedFeatures, FusedSplitHierarchyConv2d, is_fusable)
 from .packaged import check_pretrained, packaged_file
 
 __all__ = ['Dense2Net', 'SplitHierarchyConv2d']
@@ -132,6 +133,9 @@ class SplitHierarchyConv2d(nn.Module):
         self.in_channels = self.out_channels = channels  # asked of a convolution by timm's ConvNormAct
         self.scale = scale
         self.width = width
+        self.groups = groups
+        self.kernel_size = kernel_size
+        self.dilation = dilation
         self.convs = nn.ModuleList([
             create_conv2d(width, width, kernel_size, dilation=dilation, groups=groups, **dd)
             for _ in range(scale - 1)])
@@ -310,6 +314,16 @@ def _create_stem(
     return layers, feature_name, 2
 
 
+class Features(nn.Sequential):
+    """Stem, dense blocks with the transitions between them, and the final norm."""
+
+    @torch.jit.ignore
+    def fuse(self) -> nn.Module:
+        """Form for inference, of layers in their form for inference."""
+        return FusedFeatures(OrderedDict(
+            (name, layer.fuse() if hasattr(layer, 'fuse') else layer) for name, layer in self.named_children()))
+
+
 class Dense2Net(nn.Module):
     """Dense2Net, and with ``scale=None`` DenseNet-BC.
 
@@ -373,7 +387,7 @@ class Dense2Net(nn.Module):
 
         num_features = 2 * growth_rate
         layers, stem_feature, reduction = _create_stem(stem_type, in_chans, num_features, norm_act_layer, **dd)
-        self.features = nn.Sequential(layers)
+        self.features = Features(layers)
         self.feature_info = [dict(num_chs=num_features, reduction=reduction, module=f'features.{stem_feature}')]
         if 'pool0' in layers:
             reduction *= 2

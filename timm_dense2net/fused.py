@@ -8,7 +8,8 @@ Reached by timm's convention: ``timm.utils.reparameterize_model(model)``, or ``-
 * Batch norm after a convolution goes into the convolution.
 * Average pooling after a 1x1 convolution is that convolution after the pooling, on a quarter of the pixels.
 
-The parameters of the fused layers are frozen: the form is for inference. Gradients reach the input.
+Each module has a ``forward`` that can be traced, scripted, exported and differentiated; where none of this is done,
+``in_place.py`` computes the same in buffers. The parameters are frozen: the form is for inference.
 """
 import copy
 from typing import Optional, Tuple
@@ -19,12 +20,12 @@ import torch.nn.functional as F
 
 from timm.layers import BatchNormAct2d, FrozenBatchNormAct2d, SyncBatchNormAct
 
-__all__ = ['FusedDenseBlock', 'FusedDenseTransition', 'FusedSplitHierarchyConv2d', 'is_fusable']
+from .in_place import block_in_place, features_in_place, runs_in_place
+
+__all__ = ['FusedDenseBlock', 'FusedDenseTransition', 'FusedFeatures', 'FusedSplitHierarchyConv2d', 'is_fusable']
 
 # A bound this many standard deviations from the mean is never reached; computing with it could overflow.
 UNREACHABLE_SIGMA = 1e6
-# On a CPU a block works on so many bytes of images at a time, that they stay in its caches.
-CACHE_BYTES = 8 << 20
 
 
 def is_fusable(*norms: nn.Module) -> bool:
@@ -76,41 +77,11 @@ def _fold_norm(
     return weight.detach().double() * scale.view(-1, *[1] * (weight.ndim - 1)), shift
 
 
-def _fold_conv(conv: nn.Conv2d, norm: nn.Module) -> nn.Conv2d:
-    weight, bias = _fold_norm(conv.weight, conv.bias, norm)
-    folded = nn.Conv2d(
-        conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups,
-        device=conv.weight.device, dtype=conv.weight.dtype)
-    folded.load_state_dict(dict(weight=weight, bias=bias))
-    return folded.to(memory_format=torch.channels_last)
-
-
 def _as_linear(weight: torch.Tensor, bias: Optional[torch.Tensor], like: torch.Tensor) -> nn.Linear:
     linear = nn.Linear(
         weight.shape[1], weight.shape[0], bias is not None, device=like.device, dtype=like.dtype)
     linear.load_state_dict(dict(weight=weight) if bias is None else dict(weight=weight, bias=bias))
     return linear
-
-
-def _autocasts(device_type: str) -> bool:
-    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
-
-
-def _writes_in_place(x: torch.Tensor) -> bool:
-    """Whether buffers may be written in place: neither traced nor differentiated, and of one dtype throughout."""
-    return not (
-        torch.compiler.is_compiling()
-        or torch.jit.is_tracing()
-        or isinstance(x, torch.fx.Proxy)
-        or _autocasts(x.device.type)
-        or (torch.is_grad_enabled() and x.requires_grad))
-
-
-def _images_at_a_time(x: torch.Tensor, channels: int) -> int:
-    """How many images of ``channels`` channels and the size of x to work on at a time."""
-    if x.device.type != 'cpu':
-        return max(1, x.shape[0])
-    return max(1, CACHE_BYTES // (channels * x.shape[2] * x.shape[3] * x.element_size()))
 
 
 class ClampLinear(nn.Module):
@@ -144,32 +115,40 @@ class ClampLinear(nn.Module):
 class FusedSplitHierarchyConv2d(nn.Module):
     """``SplitHierarchyConv2d`` with its norms folded.
 
+    Its s - 1 convolutions lie in one ``weight`` (s - 1, width, kernel height, kernel width, width / groups): channels
+    last, so that each is a convolution's weight and the matrix of its unfolded form without a copy.
+
     Shape: (N, channels, H, W) -> (N, channels, H, W).
     """
 
     def __init__(self, hierarchy: nn.Module) -> None:
         super().__init__()
         self.width = hierarchy.width
-        self.convs = nn.ModuleList([
-            _fold_conv(conv, norm) for conv, norm in zip(hierarchy.convs, hierarchy.norms)])
-        self.requires_grad_(False)
+        self.padding = hierarchy.dilation * (hierarchy.kernel_size - 1) // 2
+        self.dilation = hierarchy.dilation
+        self.groups = hierarchy.groups
+        folded = [_fold_norm(conv.weight, conv.bias, norm) for conv, norm in zip(hierarchy.convs, hierarchy.norms)]
+        like = next(hierarchy.parameters(), torch.empty(0))
+        kernel = (hierarchy.kernel_size, hierarchy.kernel_size, self.width // self.groups)
+        weight = torch.stack([w.permute(0, 2, 3, 1) for w, _ in folded]) if folded else like.new_empty(
+            0, self.width, *kernel)
+        bias = torch.stack([b for _, b in folded]) if folded else like.new_empty(0, self.width)
+        self.weight = nn.Parameter(weight.to(like.dtype), requires_grad=False)
+        self.bias = nn.Parameter(bias.to(like.dtype), requires_grad=False)
+
+    def conv(self, i: int, x: torch.Tensor) -> torch.Tensor:
+        """Convolution i, counted from 0, on (N, width, H, W)."""
+        weight = self.weight[i].permute(0, 3, 1, 2)
+        return F.conv2d(x, weight, self.bias[i], 1, self.padding, self.dilation, self.groups)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         splits = torch.split(x, self.width, 1)
         y = splits[0]
         outputs = [y]
-        for i, conv in enumerate(self.convs):
-            y = F.relu(conv(splits[i + 1] + y))
+        for i in range(self.weight.shape[0]):
+            y = F.relu(self.conv(i, splits[i + 1] + y))
             outputs.append(y)
         return torch.cat(outputs, 1)
-
-    @torch.jit.unused
-    def forward_(self, x: torch.Tensor) -> torch.Tensor:
-        """The same, in place of x: what is left of a split after the addition is room for its result."""
-        splits = torch.split(x, self.width, 1)
-        for y, split, conv in zip(splits, splits[1:], self.convs):
-            torch.clamp_min(conv(split + y), 0, out=split)
-        return x
 
 
 class FusedDenseLayer(nn.Module):
@@ -181,6 +160,7 @@ class FusedDenseLayer(nn.Module):
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
         self.in_chs = layer.conv1.in_channels
+        self.growth_rate = layer.growth_rate
         self.conv1 = ClampLinear(layer.norm1, layer.conv1, norm_after=layer.norm2)
         self.has_hierarchy = not isinstance(layer.conv2, nn.Conv2d)
         if self.has_hierarchy:
@@ -199,19 +179,6 @@ class FusedDenseLayer(nn.Module):
             x = self.conv3(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
         return self.drop_path(self.attn(x))
 
-    @torch.jit.unused
-    def write(self, features: torch.Tensor) -> None:
-        """Write the new features behind the first ``in_chs`` channels of ``features`` (N, H, W, C), contiguous."""
-        n, h, w, channels = features.shape
-        pixels = features.view(-1, channels)
-        x = self.conv1(pixels[:, :self.in_chs]).relu_()
-        x = x.view(n, h, w, x.shape[1]).permute(0, 3, 1, 2)
-        x = self.conv2.forward_(x) if self.has_hierarchy else self.conv2(x)
-        if self.has_hierarchy:
-            x = self.conv3(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-        x = self.drop_path(self.attn(x)).permute(0, 2, 3, 1)
-        features[..., self.in_chs:self.in_chs + x.shape[3]] = x
-
 
 class FusedDenseBlock(nn.ModuleDict):
     """``DenseBlock`` for inference: every feature is written once, where all later layers read it.
@@ -228,22 +195,11 @@ class FusedDenseBlock(nn.ModuleDict):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not torch.jit.is_scripting():
-            if _writes_in_place(x):
-                return self._forward_in_place(x)
+            if runs_in_place(x):
+                return block_in_place(self, x)
         for layer in self.values():
             x = torch.cat([x, layer(x)], 1)
         return x
-
-    @torch.jit.unused
-    def _forward_in_place(self, x: torch.Tensor) -> torch.Tensor:
-        n, c, h, w = x.shape
-        features = x.new_empty((n, h, w, self.out_chs))
-        step = _images_at_a_time(x, self.out_chs)
-        for images, part in zip(x.split(step), features.split(step)):
-            part[..., :c] = images.permute(0, 2, 3, 1)
-            for layer in self.values():
-                layer.write(part)
-        return features.permute(0, 3, 1, 2)
 
 
 class FusedDenseTransition(nn.Module):
@@ -259,12 +215,17 @@ class FusedDenseTransition(nn.Module):
         self.requires_grad_(False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not torch.jit.is_scripting():
-            if _writes_in_place(x):
-                parts = x.split(_images_at_a_time(x, x.shape[1]))
-                return torch.cat([self._forward(part) for part in parts])
-        return self._forward(x)
-
-    def _forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.conv.clamp(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
         return self.conv.linear(self.pool(x).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class FusedFeatures(nn.Sequential):
+    """The feature extractor; on a CPU a block and what follows it run on a few images at a time."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not torch.jit.is_scripting():
+            if runs_in_place(x):
+                return features_in_place(self, x)
+        for layer in self:
+            x = layer(x)
+        return x

@@ -1,0 +1,149 @@
+"""Runs the inference form in buffers: no allocation, no copy and no concatenation a layer.
+
+A dense block's features lie in one (N, H, W, C) buffer, each written once where all later layers read it; all layers
+of a block take turns in the same scratch buffers. On a CPU a block runs on so few images at a time, that its features
+stay in the caches, and what follows it (transition or final norm) takes them from there.
+"""
+from typing import Iterable, List
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+# Bytes of features that a block works on at a time on a CPU.
+CACHE_BYTES = 8 << 20
+# Up to so many pixels a 3x3 convolution on a CPU is unfolded into a matrix product: a call of oneDNN has a fixed cost.
+UNFOLDED_PIXELS = 1024
+
+
+@torch.jit.ignore
+def runs_in_place(x: torch.Tensor) -> bool:
+    """Whether buffers may be written in place: neither traced nor differentiated, and of one dtype throughout."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or isinstance(x, torch.fx.Proxy)
+        or (torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type))
+        or (torch.is_grad_enabled() and x.requires_grad))
+
+
+@torch.jit.ignore
+def features_in_place(features: nn.Sequential, x: torch.Tensor) -> torch.Tensor:
+    """Final feature map of images (N, C, H, W), as ``FusedFeatures`` computes it."""
+    layers = list(features)
+    while layers:
+        # A dense block and its follower go together, so that the widest maps need not leave the caches.
+        step = [layers.pop(0)]
+        if hasattr(step[0], 'out_chs') and layers:
+            step.append(layers.pop(0))
+        x = _in_parts(step, x)
+    return x
+
+
+@torch.jit.ignore
+def block_in_place(block: nn.ModuleDict, x: torch.Tensor) -> torch.Tensor:
+    """Features (N, out_chs, H, W) of a ``FusedDenseBlock``, channels last in memory."""
+    return _in_parts([block], x)
+
+
+def _in_parts(layers: List[nn.Module], x: torch.Tensor) -> torch.Tensor:
+    if not hasattr(layers[0], 'out_chs'):
+        return layers[0](x)
+    parts = x.split(_images_at_a_time(x, layers[0].out_chs))
+    outputs = []
+    for part in parts:
+        y = _run_block(layers[0], part)
+        for layer in layers[1:]:
+            y = layer(y)
+        outputs.append(y)
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+
+def _images_at_a_time(x: torch.Tensor, channels: int) -> int:
+    """How many images of ``channels`` channels and the size of x to work on at a time."""
+    if x.device.type != 'cpu':
+        return max(1, x.shape[0])
+    return max(1, CACHE_BYTES // (channels * x.shape[2] * x.shape[3] * x.element_size()))
+
+
+def _run_block(block: nn.ModuleDict, x: torch.Tensor) -> torch.Tensor:
+    n, c, h, w = x.shape
+    features = x.new_empty((n, h, w, block.out_chs))
+    features[..., :c] = x.permute(0, 2, 3, 1)
+    layers = list(block.values())
+    first, last = layers[0], layers[-1]
+    clamped = x.new_empty(n * h * w * last.in_chs)
+    bottleneck = x.new_empty((n, h, w, first.conv1.linear.out_features))
+    hierarchy = _Hierarchy(bottleneck, first.conv2) if first.has_hierarchy else None
+    for layer in layers:
+        _run_layer(layer, features, clamped, bottleneck, hierarchy)
+    return features.permute(0, 3, 1, 2)
+
+
+def _run_layer(
+        layer: nn.Module,
+        features: torch.Tensor,
+        clamped: torch.Tensor,
+        bottleneck: torch.Tensor,
+        hierarchy: '_Hierarchy',
+) -> None:
+    """Writes a layer's new features behind the first ``in_chs`` channels of ``features`` (N, H, W, C)."""
+    channels = features.shape[3]
+    pixels = features.view(-1, channels)
+    conv1, c = layer.conv1, layer.in_chs
+    x = clamped.as_strided((pixels.shape[0], c), (c, 1))
+    torch.clamp(pixels[:, :c], conv1.lo, conv1.hi, out=x)
+    mid = bottleneck.view(-1, bottleneck.shape[3])
+    torch.addmm(conv1.linear.bias, x, conv1.linear.weight.t(), out=mid)
+    mid.relu_()
+    new = pixels[:, c:c + layer.growth_rate]
+    if hierarchy is None:
+        y = layer.conv2(bottleneck.permute(0, 3, 1, 2))
+    else:
+        hierarchy.run(layer.conv2)
+        if isinstance(layer.attn, nn.Identity) and (not layer.training or isinstance(layer.drop_path, nn.Identity)):
+            torch.mm(mid, layer.conv3.weight.t(), out=new)
+            return
+        y = layer.conv3(bottleneck).permute(0, 3, 1, 2)
+    features[..., c:c + layer.growth_rate] = layer.drop_path(layer.attn(y)).permute(0, 2, 3, 1)
+
+
+class _Hierarchy:
+    """The split hierarchy in place of its input: what is left of a split after the addition is room for its result.
+
+    Args:
+        maps: Input and output (N, H, W, channels).
+        like: One of the hierarchies that are to run, all of one shape.
+    """
+
+    def __init__(self, maps: torch.Tensor, like: nn.Module) -> None:
+        n, h, w, _ = maps.shape
+        width = like.width
+        self.splits = maps.split(width, 3)
+        self.unfolds = (
+            maps.device.type == 'cpu' and n * h * w <= UNFOLDED_PIXELS
+            and like.groups == 1 and like.weight.shape[2:4] == (3, 3) and like.dilation == 1)
+        if self.unfolds:
+            padded = maps.new_zeros((n, h + 2, w + 2, width))
+            self.sum = padded[:, 1:-1, 1:-1]
+            self.windows = padded.unfold(1, 3, 1).unfold(2, 3, 1).permute(0, 1, 2, 4, 5, 3)
+            self.columns = maps.new_empty((n, h, w, 3, 3, width))
+            self.matrix = self.columns.view(-1, 9 * width)
+            self.product = maps.new_empty((n, h, w, width))
+
+    def run(self, hierarchy: nn.Module) -> None:
+        if self.unfolds:
+            self._run_unfolded(hierarchy.weight.flatten(2).transpose(1, 2).unbind(), hierarchy.bias.unbind())
+            return
+        for i in range(len(self.splits) - 1):
+            y = hierarchy.conv(i, (self.splits[i + 1] + self.splits[i]).permute(0, 3, 1, 2))
+            torch.clamp_min(y.permute(0, 2, 3, 1), 0, out=self.splits[i + 1])
+
+    def _run_unfolded(self, weights: Iterable[torch.Tensor], biases: Iterable[torch.Tensor]) -> None:
+        y = self.splits[0]
+        product = self.product.view(self.matrix.shape[0], -1)
+        for x, weight, bias in zip(self.splits[1:], weights, biases):
+            torch.add(x, y, out=self.sum)
+            self.columns.copy_(self.windows)
+            torch.addmm(bias, self.matrix, weight, out=product)
+            y = torch.clamp_min(self.product, 0, out=x)
