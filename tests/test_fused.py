@@ -8,7 +8,7 @@ from timm.layers import convert_sync_batchnorm, freeze_batch_norm_2d
 from timm.utils import reparameterize_model
 
 import timm_dense2net
-from timm_dense2net.dense2net import Dense2Net
+from timm_dense2net.dense2net import Dense2Net, SplitHierarchyConv2d
 from timm_dense2net.fused import FusedDenseBlock, norm_relu_as_clamp
 
 KINDS = {
@@ -40,6 +40,16 @@ def settle(model):
         model.train()
         model(images(16, 3, 64, 64, dtype=next(model.parameters()).dtype))
     return model.eval()
+
+
+def settle_layer(layer):
+    """As after training, for a layer of 16 channels."""
+    for m in layer.modules():
+        if isinstance(m, torch.nn.BatchNorm2d):
+            torch.nn.init.normal_(m.weight)
+            torch.nn.init.normal_(m.bias)
+    layer.train()(images(8, 16, 16, 16))
+    return layer.eval()
 
 
 def create(growth_rate=8, block_config=(2, 3, 2), **kwargs):
@@ -80,6 +90,27 @@ def test_batch_larger_than_what_is_worked_on_at_a_time(monkeypatch):
         monkeypatch.setattr(timm_dense2net.in_place, 'CACHE_BYTES', 200_000)  # two images of the first block
         torch.testing.assert_close(fused(x), expected)
         assert fused(x[:0]).shape == (0, 10)
+
+
+@pytest.mark.parametrize('kind', ['s4', 's8', 'groups'])
+def test_unfolded_and_other_convolutions_agree(kind, monkeypatch):
+    model = create(dtype=torch.float64, **KINDS[kind])
+    fused = reparameterize_model(model)
+    for shape in ((1, 3, 32, 32), (3, 3, 33, 47)):
+        x = images(*shape, dtype=torch.float64)
+        with torch.no_grad():
+            for pixels in (0, 1 << 20):
+                monkeypatch.setattr(timm_dense2net.in_place, 'UNFOLDED_PIXELS', pixels)
+                torch.testing.assert_close(fused(x), model(x), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize('kwargs', [dict(kernel_size=5), dict(dilation=2), dict(kernel_size=1), dict(scale=1)])
+def test_hierarchy_of_its_own(kwargs):
+    torch.manual_seed(0)
+    layer = settle_layer(SplitHierarchyConv2d(16, **{'scale': 4, **kwargs}))
+    x = images(2, 16, 9, 11)
+    with torch.no_grad():
+        torch.testing.assert_close(layer.fuse()(x), layer(x), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -319,9 +319,10 @@ class Features(nn.Sequential):
 
     @torch.jit.ignore
     def fuse(self) -> nn.Module:
-        """Form for inference, of layers in their form for inference."""
-        return FusedFeatures(OrderedDict(
-            (name, layer.fuse() if hasattr(layer, 'fuse') else layer) for name, layer in self.named_children()))
+        """Form for inference; itself if its norms are other than batch norm with ReLU."""
+        layers = OrderedDict(
+            (name, layer.fuse() if hasattr(layer, 'fuse') else layer) for name, layer in self.named_children())
+        return FusedFeatures(layers) if any(isinstance(m, FusedDenseBlock) for m in layers.values()) else self
 
 
 class Dense2Net(nn.Module):

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 
 from timm.layers import BatchNormAct2d, FrozenBatchNormAct2d, SyncBatchNormAct
 
-from .in_place import block_in_place, features_in_place, runs_in_place
+from .in_place import block_in_place, is_recorded
 
 __all__ = ['FusedDenseBlock', 'FusedDenseTransition', 'FusedFeatures', 'FusedSplitHierarchyConv2d', 'is_fusable']
 
@@ -115,7 +115,7 @@ class ClampLinear(nn.Module):
 class FusedSplitHierarchyConv2d(nn.Module):
     """``SplitHierarchyConv2d`` with its norms folded.
 
-    Its s - 1 convolutions lie in one ``weight`` (s - 1, width, kernel height, kernel width, width / groups): channels
+    Its s - 1 convolutions lie in one ``weight`` (s - 1, width, kernel height * kernel width * width / groups): channels
     last, so that each is a convolution's weight and the matrix of its unfolded form without a copy.
 
     Shape: (N, channels, H, W) -> (N, channels, H, W).
@@ -123,29 +123,31 @@ class FusedSplitHierarchyConv2d(nn.Module):
 
     def __init__(self, hierarchy: nn.Module) -> None:
         super().__init__()
+        self.scale = hierarchy.scale
         self.width = hierarchy.width
-        self.padding = hierarchy.dilation * (hierarchy.kernel_size - 1) // 2
+        self.kernel_size = hierarchy.kernel_size
         self.dilation = hierarchy.dilation
+        self.padding = hierarchy.dilation * (hierarchy.kernel_size - 1) // 2
         self.groups = hierarchy.groups
-        folded = [_fold_norm(conv.weight, conv.bias, norm) for conv, norm in zip(hierarchy.convs, hierarchy.norms)]
-        like = next(hierarchy.parameters(), torch.empty(0))
-        kernel = (hierarchy.kernel_size, hierarchy.kernel_size, self.width // self.groups)
-        weight = torch.stack([w.permute(0, 2, 3, 1) for w, _ in folded]) if folded else like.new_empty(
-            0, self.width, *kernel)
-        bias = torch.stack([b for _, b in folded]) if folded else like.new_empty(0, self.width)
-        self.weight = nn.Parameter(weight.to(like.dtype), requires_grad=False)
-        self.bias = nn.Parameter(bias.to(like.dtype), requires_grad=False)
+        like = next(hierarchy.parameters(), torch.empty(0)).detach()
+        weight = like.new_empty((self.scale - 1, self.width, self.kernel_size ** 2 * self.width // self.groups))
+        bias = like.new_empty((self.scale - 1, self.width))
+        for i, (conv, norm) in enumerate(zip(hierarchy.convs, hierarchy.norms)):
+            w, bias[i] = _fold_norm(conv.weight, conv.bias, norm)
+            weight[i] = w.permute(0, 2, 3, 1).flatten(1)
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.bias = nn.Parameter(bias, requires_grad=False)
 
     def conv(self, i: int, x: torch.Tensor) -> torch.Tensor:
         """Convolution i, counted from 0, on (N, width, H, W)."""
-        weight = self.weight[i].permute(0, 3, 1, 2)
+        weight = self.weight[i].view(self.width, self.kernel_size, self.kernel_size, -1).permute(0, 3, 1, 2)
         return F.conv2d(x, weight, self.bias[i], 1, self.padding, self.dilation, self.groups)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         splits = torch.split(x, self.width, 1)
         y = splits[0]
         outputs = [y]
-        for i in range(self.weight.shape[0]):
+        for i in range(self.scale - 1):
             y = F.relu(self.conv(i, splits[i + 1] + y))
             outputs.append(y)
         return torch.cat(outputs, 1)
@@ -195,7 +197,7 @@ class FusedDenseBlock(nn.ModuleDict):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not torch.jit.is_scripting():
-            if runs_in_place(x):
+            if not is_recorded(x):
                 return block_in_place(self, x)
         for layer in self.values():
             x = torch.cat([x, layer(x)], 1)
@@ -220,12 +222,23 @@ class FusedDenseTransition(nn.Module):
 
 
 class FusedFeatures(nn.Sequential):
-    """The feature extractor; on a CPU a block and what follows it run on a few images at a time."""
+    """The feature extractor, whose widest maps, those of its dense blocks, are not kept as a whole."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not torch.jit.is_scripting():
-            if runs_in_place(x):
-                return features_in_place(self, x)
+            if not is_recorded(x):
+                return self._forward_in_place(x)
         for layer in self:
             x = layer(x)
+        return x
+
+    @torch.jit.unused
+    def _forward_in_place(self, x: torch.Tensor) -> torch.Tensor:
+        layers = iter(self)
+        for layer in layers:
+            # Asked of each block's own input, which has a gradient where the stem is trained.
+            if isinstance(layer, FusedDenseBlock) and not is_recorded(x):
+                x = block_in_place(layer, x, next(layers, None))
+            else:
+                x = layer(x)
         return x

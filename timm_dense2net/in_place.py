@@ -4,11 +4,10 @@ A dense block's features lie in one (N, H, W, C) buffer, each written once where
 of a block take turns in the same scratch buffers. On a CPU a block runs on so few images at a time, that its features
 stay in the caches, and what follows it (transition or final norm) takes them from there.
 """
-from typing import Iterable, List
+from typing import Iterable, Optional
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 
 # Bytes of features that a block works on at a time on a CPU.
 CACHE_BYTES = 8 << 20
@@ -17,45 +16,24 @@ UNFOLDED_PIXELS = 1024
 
 
 @torch.jit.ignore
-def runs_in_place(x: torch.Tensor) -> bool:
-    """Whether buffers may be written in place: neither traced nor differentiated, and of one dtype throughout."""
-    return not (
+def is_recorded(x: torch.Tensor) -> bool:
+    """Whether operations on x are traced, differentiated, autocast or without memory, so that none may be in place."""
+    return (
         torch.compiler.is_compiling()
         or torch.jit.is_tracing()
         or isinstance(x, torch.fx.Proxy)
+        or x.is_meta
         or (torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type))
         or (torch.is_grad_enabled() and x.requires_grad))
 
 
 @torch.jit.ignore
-def features_in_place(features: nn.Sequential, x: torch.Tensor) -> torch.Tensor:
-    """Final feature map of images (N, C, H, W), as ``FusedFeatures`` computes it."""
-    layers = list(features)
-    while layers:
-        # A dense block and its follower go together, so that the widest maps need not leave the caches.
-        step = [layers.pop(0)]
-        if hasattr(step[0], 'out_chs') and layers:
-            step.append(layers.pop(0))
-        x = _in_parts(step, x)
-    return x
-
-
-@torch.jit.ignore
-def block_in_place(block: nn.ModuleDict, x: torch.Tensor) -> torch.Tensor:
-    """Features (N, out_chs, H, W) of a ``FusedDenseBlock``, channels last in memory."""
-    return _in_parts([block], x)
-
-
-def _in_parts(layers: List[nn.Module], x: torch.Tensor) -> torch.Tensor:
-    if not hasattr(layers[0], 'out_chs'):
-        return layers[0](x)
-    parts = x.split(_images_at_a_time(x, layers[0].out_chs))
+def block_in_place(block: nn.ModuleDict, x: torch.Tensor, follower: Optional[nn.Module] = None) -> torch.Tensor:
+    """Features (N, out_chs, H, W) of a ``FusedDenseBlock``, channels last, or what the follower makes of them."""
     outputs = []
-    for part in parts:
-        y = _run_block(layers[0], part)
-        for layer in layers[1:]:
-            y = layer(y)
-        outputs.append(y)
+    for part in x.split(_images_at_a_time(x, block.out_chs)):
+        features = _run_block(block, part)
+        outputs.append(features if follower is None else follower(features))
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 
@@ -85,7 +63,7 @@ def _run_layer(
         features: torch.Tensor,
         clamped: torch.Tensor,
         bottleneck: torch.Tensor,
-        hierarchy: '_Hierarchy',
+        hierarchy: Optional['_Hierarchy'],
 ) -> None:
     """Writes a layer's new features behind the first ``in_chs`` channels of ``features`` (N, H, W, C)."""
     channels = features.shape[3]
@@ -122,28 +100,27 @@ class _Hierarchy:
         self.splits = maps.split(width, 3)
         self.unfolds = (
             maps.device.type == 'cpu' and n * h * w <= UNFOLDED_PIXELS
-            and like.groups == 1 and like.weight.shape[2:4] == (3, 3) and like.dilation == 1)
+            and (like.kernel_size, like.dilation, like.groups) == (3, 1, 1))
         if self.unfolds:
             padded = maps.new_zeros((n, h + 2, w + 2, width))
             self.sum = padded[:, 1:-1, 1:-1]
             self.windows = padded.unfold(1, 3, 1).unfold(2, 3, 1).permute(0, 1, 2, 4, 5, 3)
             self.columns = maps.new_empty((n, h, w, 3, 3, width))
             self.matrix = self.columns.view(-1, 9 * width)
-            self.product = maps.new_empty((n, h, w, width))
+            self.product = maps.new_empty((n * h * w, width))
 
     def run(self, hierarchy: nn.Module) -> None:
         if self.unfolds:
-            self._run_unfolded(hierarchy.weight.flatten(2).transpose(1, 2).unbind(), hierarchy.bias.unbind())
+            self._run_unfolded(hierarchy.weight.transpose(1, 2).unbind(), hierarchy.bias.unbind())
             return
         for i in range(len(self.splits) - 1):
             y = hierarchy.conv(i, (self.splits[i + 1] + self.splits[i]).permute(0, 3, 1, 2))
             torch.clamp_min(y.permute(0, 2, 3, 1), 0, out=self.splits[i + 1])
 
     def _run_unfolded(self, weights: Iterable[torch.Tensor], biases: Iterable[torch.Tensor]) -> None:
-        y = self.splits[0]
-        product = self.product.view(self.matrix.shape[0], -1)
+        y, product = self.splits[0], self.product.view(self.splits[0].shape)
         for x, weight, bias in zip(self.splits[1:], weights, biases):
             torch.add(x, y, out=self.sum)
             self.columns.copy_(self.windows)
-            torch.addmm(bias, self.matrix, weight, out=product)
-            y = torch.clamp_min(self.product, 0, out=x)
+            torch.addmm(bias, self.matrix, weight, out=self.product)
+            y = torch.clamp_min(product, 0, out=x)
