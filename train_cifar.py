@@ -33,7 +33,7 @@ def train(args: argparse.Namespace, processes: Processes) -> None:
     data = build_data(args)
     # The same first weights in every process, then each its own random numbers.
     random_seed(args.seed)
-    model = build_model(args, data.train).to(processes.device)
+    model = build_model(args, data.train, with_weights=state is None).to(processes.device)
     model = model.to(memory_format=torch.channels_last) if args.channels_last else model
     random_seed(args.seed, processes.rank)
     train_loader = build_loader(args, data.train, data, processes, train=True)
@@ -42,7 +42,8 @@ def train(args: argparse.Namespace, processes: Processes) -> None:
     folder = None
     if processes.primary:
         folder = RunFolder(args, start_epoch=state['position']['epoch'] if state else 0)
-    trainer = Trainer(args, model, train_loader, eval_loader, folder, weights_metadata(args, data), processes)
+    metadata = weights_metadata(args, data, model)
+    trainer = Trainer(args, model, train_loader, eval_loader, folder, metadata, processes)
     if state is not None:
         trainer.load_state_dict(state)
         _logger.info(f'Going on after {trainer.epoch} epochs and {trainer.batches_done} batches.')

@@ -1,18 +1,22 @@
-"""Weights of one image folder help on another, with other classes and sizes, against a start from nothing."""
+"""Fine-tuning on an image folder of other classes and sizes, from packaged weights and from files of weights."""
 import json
 
 import numpy as np
 import pytest
 import timm
 import torch
+import yaml
 from PIL import Image, ImageDraw
-from training_runs import run_here
+from training_runs import assert_same_run, finish, read_state, run_here, start
 
-from timm_dense2net.checkpoint import load_weights
+from timm_dense2net.checkpoint import load_weights, save_weights
+from timm_dense2net.packaged import packaged_file
+from timm_dense2net.start import freeze_stages, pretrained_overlay
+from timm_dense2net.trained import load_trained
 
-MODEL_KWARGS = ['--model-kwargs', 'block_config=(2,2,2)']
-SOURCE_CLASSES = ('disc', 'down', 'frame', 'ring', 'saltire', 'square')
-TARGET_CLASSES = ('cross', 'up')
+MODEL = 'dense2net40_k12_s4'
+PACKAGED = packaged_file(f'{MODEL}.quick_c100')
+SHAPES = ('cross', 'disc', 'frame', 'ring', 'up')
 
 
 def draw_shape(shape, rng, size):
@@ -51,58 +55,182 @@ def write_folder(root, shapes, train, validation, size, seed):
     return root
 
 
-def train(data, output, name, *more):
-    """Trains a run; returns its folder."""
+def arguments(data, output, name, *more):
+    """The command line of a short run on an image folder."""
     argv = [
-        '--dataset', data, '--output', output, '--experiment', name, '--device', 'cpu', '--model', 'dense2net40_k12_s4',
-        *MODEL_KWARGS, '--opt', 'sgd', '--sched', 'cosine', '--sched-on-updates', '--early-stop-patience', '0',
-        '--hflip', '0', '--crop-padding', '2', *more]
-    assert run_here(argv) == 0
-    return output / name
+        '--dataset', data, '--output', output, '--experiment', name, '--device', 'cpu', '--model', MODEL, '--img-size',
+        '28', '--epochs', '5', '-b', '10', '--lr', '0.05', '--opt', 'sgd', '--sched', 'cosine', '--sched-on-updates',
+        '--early-stop-patience', '0', '--hflip', '0', '--crop-padding', '2', *more]
+    return [str(item) for item in argv]
+
+
+@pytest.fixture(scope='module')
+def shapes(tmp_path_factory):
+    """Ten training pictures of each shape, of another size than the weights' and not square."""
+    return write_folder(tmp_path_factory.mktemp('shapes') / 'data', SHAPES, 10, 20, (48, 40), seed=2)
+
+
+@pytest.fixture(scope='module')
+def runs(tmp_path_factory, shapes):
+    """Runs of equal budget, trained side by side: from nothing, and from the packaged weights in three ways."""
+    root = tmp_path_factory.mktemp('runs')
+    ways = dict(
+        scratch=[],
+        tuned=['--pretrained'],
+        decayed=['--pretrained', '--layer-decay', '0.9'],
+        frozen=['--pretrained-path', PACKAGED, '--freeze-stages', '1'])
+    logs = {name: root / f'{name}.log' for name in ways}
+    processes = {name: start(arguments(shapes, root, name, *more), logs[name]) for name, more in ways.items()}
+    for name, process in processes.items():
+        assert finish(process, 900) == 0, logs[name].read_text()
+    return {name: root / name for name in ways}
 
 
 def top1_of(run):
     return json.loads((run / 'result.json').read_text())['test_top1']
 
 
-@pytest.fixture(scope='module')
-def source_run(tmp_path_factory):
-    """Six shapes on square pictures."""
-    root = tmp_path_factory.mktemp('source')
-    data = write_folder(root / 'data', SOURCE_CLASSES, 64, 8, (32, 32), seed=1)
-    run = train(data, root, 'run', '--img-size', '24', '--epochs', '10', '-b', '24', '--lr', '0.1')
-    assert top1_of(run) > 80.
-    return run
+def test_packaged_weights_beat_a_start_from_nothing(runs):
+    top1 = {name: top1_of(run) for name, run in runs.items()}
+    print(top1)
+    assert min(top1['tuned'], top1['decayed'], top1['frozen']) >= top1['scratch'] + 10., top1
+
+
+def test_frozen_stages_stay_as_they_are(runs):
+    """Statistics too; what is behind them moves, and the weights load as those of any run."""
+    before, after = load_weights(PACKAGED)[0], load_weights(runs['frozen'] / 'last.safetensors')[0]
+    frozen = ('features.conv0', 'features.denseblock1', 'features.transition1')
+    moved = {name for name, tensor in after.items() if not torch.equal(tensor, before[name].to(tensor.dtype))}
+    assert not [name for name in moved if name.startswith(frozen)]
+    assert {'features.denseblock2.denselayer1.conv1.weight', 'features.norm5.running_mean'} <= moved
+    assert load_trained(checkpoint=runs['frozen']).class_names == SHAPES
+    groups = read_state(runs['frozen'])['optimizer']['param_groups']
+    model = timm.create_model(MODEL)
+    trained = [name for name, _ in model.named_parameters() if not name.startswith(frozen)]
+    momenta = read_state(runs['frozen'])['optimizer']['state']
+    assert len(momenta) == len(trained) and len(groups) == 1
+
+
+def test_mean_and_std_are_those_of_the_weights(runs):
+    metadata = load_weights(PACKAGED)[1]
+    expected = [json.loads(metadata[key]) for key in ('mean', 'std')]
+    for name in ('tuned', 'frozen'):
+        args = yaml.safe_load((runs[name] / 'args.yaml').read_text())
+        assert np.allclose([args['mean'], args['std']], expected, atol=1e-6)
+    assert yaml.safe_load((runs['scratch'] / 'args.yaml').read_text())['mean'] is None
+
+
+@pytest.mark.parametrize('name, stem, last', [
+    ('test_resnet', 'conv1.0', 'layer4'), ('test_vit', 'patch_embed.proj', 'blocks.5'),
+    ('test_efficientnet', 'conv_stem', 'blocks.4'), ('test_convnext', 'stem.0', 'stages.3'),
+    ('densenet121_cifar', 'features.conv0', 'features.denseblock4')])
+def test_freezing_holds_in_any_timm_model(name, stem, last):
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=5)
+    freeze_stages(model, 1)
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    size = timm.get_pretrained_cfg(name).input_size
+    model.train()(torch.randn(2, *size)).square().sum().backward()
+    torch.optim.SGD(model.parameters(), 0.1).step()
+    moved = [key for key, tensor in model.state_dict().items() if not torch.equal(tensor, before[key])]
+    assert not [key for key in moved if key.startswith(stem)]
+    assert [key for key in moved if key.startswith(last)]
+    frozen = [key for key, parameter in model.named_parameters() if not parameter.requires_grad]
+    assert len(before) - len(moved) >= len(frozen) > 0
+
+
+def test_the_head_is_kept_for_the_same_classes(tmp_path):
+    state_dict, metadata = load_weights(PACKAGED)
+    names = json.loads(metadata['class_names'])
+    model = timm.create_model(MODEL)
+    assert pretrained_overlay(PACKAGED, model, names)['num_classes'] == 100
+    assert pretrained_overlay(PACKAGED, model, names[::-1])['num_classes'] == 0
+    bare = tmp_path / 'bare.safetensors'
+    save_weights(bare, state_dict, {})
+    overlay = pretrained_overlay(bare, model, names[::-1])
+    assert overlay['num_classes'] == 100 and 'mean' not in overlay
+    one, three = (
+        timm.create_model(
+            MODEL, pretrained=True, in_chans=chans, pretrained_cfg_overlay=overlay)
+        for chans in (1, 3))
+    assert torch.equal(three.classifier.weight, state_dict['classifier.weight'].float())
+    assert torch.allclose(one.features.conv0.weight, three.features.conv0.weight.sum(1, keepdim=True), atol=1e-2)
 
 
 @pytest.fixture(scope='module')
-def target_data(tmp_path_factory):
-    """Ten training pictures each of two other shapes, of another size and not square."""
-    return write_folder(tmp_path_factory.mktemp('target') / 'data', TARGET_CLASSES, 10, 30, (48, 40), seed=2)
+def tiny(tmp_path_factory):
+    """A run of a tiny model on digits."""
+    root = tmp_path_factory.mktemp('tiny')
+    process = start(digits(root, 'first', '--lr', '0.05'), root / 'log')
+    assert finish(process) == 0, (root / 'log').read_text()
+    return root / 'first'
 
 
-def from_weights(run):
-    """Options that start a run from another's weights, whose classes are not the same."""
-    overlay = dict(file=str(run / 'last.safetensors'), num_classes=len(SOURCE_CLASSES))
-    return ['--pretrained', *MODEL_KWARGS, f'pretrained_cfg_overlay={overlay}']
+def digits(output, name, *more):
+    argv = [
+        '--dataset', 'digits', '--img-size', '8', '--model', 'test_resnet', '--epochs', '1', '-b', '256', '--device',
+        'cpu', '--output', output, '--experiment', name, *more]
+    return [str(item) for item in argv]
 
 
-def test_weights_beat_a_start_from_nothing(tmp_path, source_run, target_data):
-    budget = ['--img-size', '28', '--epochs', '5', '-b', '10', '--lr', '0.05']
-    scratch = top1_of(train(target_data, tmp_path, 'scratch', *budget))
-    tuned = top1_of(train(target_data, tmp_path, 'tuned', *budget, *from_weights(source_run)))
-    decayed = top1_of(
-        train(target_data, tmp_path, 'decayed', *budget, *from_weights(source_run), '--layer-decay', '0.7'))
-    assert min(tuned, decayed) >= max(75., scratch + 10.), f'scratch {scratch}, tuned {tuned}, decayed {decayed}'
+def test_goes_on_without_the_weights_it_started_from(tmp_path, tiny):
+    """Frozen stages and all; and the run's files do not tell where the weights lay."""
+    weights = tmp_path / 'somebody' / 'first.safetensors'
+    weights.parent.mkdir()
+    weights.write_bytes((tiny / 'last.safetensors').read_bytes())
+    more = ['--pretrained-path', weights, '--freeze-stages', '2', '--sched', 'none', '--epochs', '2', '--lr', '0.01']
+    for name in ('straight', 'resumed'):
+        stop = ['--epochs', '1'] if name == 'resumed' else []
+        assert finish(start(digits(tmp_path, name, *more, *stop), tmp_path / f'{name}.log')) == 0
+    weights.unlink()
+    again = ['--resume', str(tmp_path / 'resumed'), '--epochs', '2']
+    assert finish(start(again, tmp_path / 'again.log')) == 0, (tmp_path / 'again.log').read_text()
+    assert_same_run(tmp_path / 'straight', tmp_path / 'resumed')
+    assert 'somebody' not in json.dumps(load_weights(tmp_path / 'resumed' / 'last.safetensors')[1])
+    assert 'somebody' not in (tmp_path / 'resumed' / 'result.json').read_text()
 
 
-def test_all_but_the_classifier_is_taken_over(tmp_path, source_run, target_data):
-    """At a learning rate of zero nothing moves, but for the classifier, which is new and has two classes."""
-    run = train(
-        target_data, tmp_path, 'still', '--img-size', '28', '--epochs', '1', '-b', '20', '--lr', '0',
-        *from_weights(source_run))
-    before, after = (load_weights(path / 'last.safetensors')[0] for path in (source_run, run))
-    assert after['classifier.weight'].shape[0] == len(TARGET_CLASSES)
-    model = timm.create_model('dense2net40_k12_s4', block_config=(2, 2, 2))
-    for name, _ in model.named_parameters():
-        assert name.startswith('classifier.') or torch.equal(before[name], after[name]), name
+def test_an_overlay_is_not_told_to_others(tmp_path, tiny):
+    file = str(tiny / 'last.safetensors')
+    overlay = f'pretrained_cfg_overlay={dict(file=file, num_classes=10)}'
+    process = start(digits(tmp_path, 'run', '--pretrained', '--model-kwargs', overlay), tmp_path / 'log')
+    assert finish(process) == 0, (tmp_path / 'log').read_text()
+    assert file not in json.dumps(load_weights(tmp_path / 'run' / 'last.safetensors')[1])
+    assert file not in (tmp_path / 'run' / 'result.json').read_text()
+    assert load_trained(checkpoint=tmp_path / 'run').model.num_classes == 10
+
+
+def test_weights_of_a_folder_model_need_the_folder_no_more(tmp_path):
+    """A model named local-dir: is written as the architecture that it is, with its arguments."""
+    model = timm.create_model(MODEL, block_config=(1, 1, 1), num_classes=10)
+    timm.models.save_for_hf(model, str(tmp_path / 'somebody'), safe_serialization=True)
+    argv = digits(tmp_path, 'run', '--model', f'local-dir:{tmp_path}/somebody', '--pretrained', '--lr', '0')
+    assert finish(start(argv, tmp_path / 'log')) == 0, (tmp_path / 'log').read_text()
+    assert 'somebody' not in json.dumps(load_weights(tmp_path / 'run' / 'last.safetensors')[1])
+    trained = load_trained(checkpoint=tmp_path / 'run').model
+    assert torch.equal(trained.classifier.weight, model.classifier.weight)
+
+
+@pytest.mark.parametrize('more, words', [
+    (['--pretrained-path', 'nowhere'], ['no weights at nowhere']),
+    (['--pretrained-path', 'torn.safetensors'], ['torn.safetensors', 'not a whole safetensors file']),
+    (['--pretrained-path', 'model.pth'], ['model.pth', 'not a whole safetensors file']),
+    (['--pretrained-path', PACKAGED], ['does not fit test_resnet', MODEL, 'lacks some, bn1.bias']),
+    (['--pretrained-path', PACKAGED, '--model', 'dense2net121_s4'], ['does not fit dense2net121_s4', MODEL]),
+    (['--pretrained-path', PACKAGED, '--eval-only'], ['--pretrained-path', '--checkpoint']),
+    (['--pretrained-path', PACKAGED, '--initial-checkpoint', 'x'], ['--pretrained-path', '--initial-checkpoint']),
+    (['--pretrained-path', PACKAGED, '--model', 'hf-hub:owner/net'], ['hf-hub:owner/net', 'architecture']),
+    (['--pretrained-path', PACKAGED, '--model-kwargs', 'pretrained_cfg_overlay={}'], ['--pretrained-path', '_cfg']),
+    (['--freeze-stages', '1'], ['--freeze-stages 1', '--pretrained-path']),
+    (['--freeze-stages', '-1'], ['--freeze-stages', 'at least 0']),
+    (['--pretrained', '--model', MODEL, '--freeze-stages', '4'], ['--freeze-stages', 'at most 3', '4']),
+])
+def test_mistakes_are_one_message(tmp_path, monkeypatch, capsys, more, words):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'torn.safetensors').write_bytes(b'\x08\0\0\0\0\0\0\0{"a":')
+    torch.save({}, tmp_path / 'model.pth')
+    assert run_here(digits('output', 'run', *more)) in (1, 2)
+    error = capsys.readouterr().err
+    assert error.count('error: ') == 1 and 'Traceback' not in error
+    assert all(word in error for word in words), error
+    assert not (tmp_path / 'output').exists()

@@ -18,12 +18,14 @@ from timm.layers import convert_sync_batchnorm
 from timm.models import is_model, list_models, split_model_name_tag
 
 from .augment import AugmentConfig
+from .checkpoint import load_weights
 from .data import (
     BatchLoader, ImageArrays, ImageReader, check_same_classes, dataset_stats, hold_out_split, load_images)
 from .distributed import Processes
 from .hub import HUB_ERRORS, one_line
-from .options import saved_args
-from .trained import load_trained
+from .options import public_args, public_model_kwargs, saved_args
+from .start import freeze_stages, pretrained_overlay
+from .trained import load_trained, weights_config, weights_file
 from .version import __version__
 
 __all__ = [
@@ -63,7 +65,8 @@ def _load_split(args: argparse.Namespace, split: str) -> Images:
 def build_data(args: argparse.Namespace) -> RunData:
     """Loads the data set; with `--hold-out` part of the training images validate in the test split's place.
 
-    The mean and std are the arguments', else those of the pretrained weights, else the training images' own.
+    The mean and std are the arguments', else those of the pretrained weights, which are noted in the arguments so that
+    a resumed run needs the weights no more, else the training images' own.
 
     Raises:
         FileNotFoundError: If the data set is not there.
@@ -71,21 +74,25 @@ def build_data(args: argparse.Namespace) -> RunData:
     """
     train, test = _load_split(args, 'train'), _load_split(args, 'test')
     check_same_classes(train, test)
-    mean, std = _pretrained_stats(args.model) if args.pretrained else dataset_stats(train)
+    if (args.pretrained or args.pretrained_path) and not (args.mean and args.std):
+        mean, std = _pretrained_stats(args)
+        args.mean, args.std = args.mean or list(mean), args.std or list(std)
+    mean, std = (args.mean, args.std) if args.mean and args.std else dataset_stats(train)
     validation = test
     if args.hold_out:
         train, validation = hold_out_split(train, args.hold_out, args.seed)
     return RunData(train, validation, test, tuple(args.mean or mean), tuple(args.std or std))
 
 
-def _pretrained_stats(model: str) -> tuple[Sequence[float], Sequence[float]]:
-    """Mean and standard deviation that a model's pretrained weights were trained with."""
-    _check_model_name(model)
+def _pretrained_stats(args: argparse.Namespace) -> tuple[Sequence[float], Sequence[float]]:
+    """Mean and standard deviation that the pretrained weights were trained with."""
+    _check_model_name(args.model)
+    given = weights_config(load_weights(weights_file(args.pretrained_path))[1]) if args.pretrained_path else {}
     try:
         # Created, as the configuration of a model on the Hub or in a folder is read with it.
-        cfg = timm.create_model(model).pretrained_cfg
+        cfg = timm.create_model(args.model).pretrained_cfg | given
     except HUB_ERRORS as e:
-        raise ValueError(f'{model}: {one_line(e)}') from e
+        raise ValueError(f'{args.model}: {one_line(e)}') from e
     return cfg['mean'], cfg['std']
 
 
@@ -97,20 +104,36 @@ def _check_model_name(model: str) -> None:
     raise ValueError(f"timm has no model '{model}'{hint}")
 
 
-def build_model(args: argparse.Namespace, images: Images) -> nn.Module:
+def build_model(args: argparse.Namespace, images: Images, with_weights: bool = True) -> nn.Module:
     """Creates the model for the classes and channels of `images`.
+
+    Args:
+        args: Arguments of the run.
+        images: Images of the classes and channels it is for.
+        with_weights: Whether it starts from the weights that the arguments name; a resumed run has its own.
 
     Raises:
         ValueError: If timm has no such model, or it does not take the arguments or the weights.
     """
     _check_model_name(args.model)
+    shape = dict(
+        num_classes=images.num_classes, in_chans=images.image_shape[0], drop_rate=args.drop,
+        drop_path_rate=args.drop_path, **args.model_kwargs)
+    weights = {}
     try:
-        model = timm.create_model(
-            args.model, pretrained=args.pretrained, checkpoint_path=args.initial_checkpoint or '',
-            num_classes=images.num_classes, in_chans=images.image_shape[0], drop_rate=args.drop,
-            drop_path_rate=args.drop_path, **args.model_kwargs)
+        if with_weights and args.pretrained_path:
+            bare = timm.create_model(args.model, **shape)
+            overlay = pretrained_overlay(args.pretrained_path, bare, images.class_names)
+            weights = dict(pretrained=True, pretrained_cfg_overlay=overlay)
+        elif with_weights:
+            weights = dict(pretrained=args.pretrained, checkpoint_path=args.initial_checkpoint or '')
+        model = timm.create_model(args.model, **shape, **weights)
+        # Loaded by now, and no part of what a copy of the model should hold.
+        model.pretrained_cfg.pop('state_dict', None)
     except (TypeError, *HUB_ERRORS) as e:
         raise ValueError(f'{args.model}: {one_line(e)}') from e
+    if args.freeze_stages:
+        freeze_stages(model, args.freeze_stages)
     return convert_sync_batchnorm(model) if args.sync_bn else model
 
 
@@ -152,18 +175,21 @@ def build_trained(args: argparse.Namespace) -> tuple[nn.Module, RunData]:
     return trained.model, RunData(None, test, test, tuple(mean), tuple(std))
 
 
-def weights_metadata(args: argparse.Namespace, data: RunData) -> dict[str, str]:
+def weights_metadata(args: argparse.Namespace, data: RunData, model: nn.Module) -> dict[str, str]:
     """What a file of weights says of itself: plain text, or JSON where it is no text."""
+    # Of a model on the Hub or in a folder, what it is there, so that the file needs neither.
+    name = args.model if is_model(args.model) else model.pretrained_cfg['architecture']
     # Where a run was made is nobody's business who gets its weights.
-    arguments = {key: value for key, value in saved_args(args).items() if key not in ('output', 'data_dir')}
+    arguments = public_args(saved_args(args), name)
+    shape = {key: value for key, value in model.pretrained_model_args.items() if key not in ('num_classes', 'in_chans')}
     return dict(
-        model=args.model,
-        model_args=json.dumps(args.model_kwargs),
+        model=name,
+        model_args=json.dumps(shape | public_model_kwargs(args.model_kwargs)),
         num_classes=str(data.train.num_classes),
         input_size=json.dumps(data.train.image_shape),
         mean=json.dumps(data.mean),
         std=json.dumps(data.std),
-        dataset=args.dataset,
+        dataset=arguments['dataset'],
         class_names=json.dumps(data.train.class_names),
         args=json.dumps(arguments),
     )

@@ -300,7 +300,12 @@ def _open_torch(dataset: str, split: str, data_dir: str | None, download: bool) 
     except AssertionError as error:
         raise ValueError(f'{dataset}: {error}') from error
     except (RuntimeError, OSError) as error:
-        hint = 'check the network, or copy it there' if download else 'download it, or delete what is damaged'
+        if not download and isinstance(error, RuntimeError):
+            # torchvision says no more than this, and names an argument of its own.
+            raise FileNotFoundError(
+                f'{dataset}: not found in {data_dir}, or damaged there; name the folder that holds it as --data-dir '
+                f'(data_dir), or fetch it with --dataset-download (download=True).') from error
+        hint = 'check the network, or copy it there' if download else 'make it readable'
         raise FileNotFoundError(f'{dataset}: not found or damaged in {data_dir} ({error}); {hint}.') from error
 
 
@@ -425,6 +430,10 @@ def check_images(
     name = f'{dataset} {split}'.strip() or 'data set'
     if num_classes is not None and images.num_classes != num_classes:
         raise ValueError(f'{name}: has {images.num_classes} classes, {num_classes} are asked for.')
+    if images.num_classes < 2:
+        raise ValueError(
+            f'{name}: has one class only, {images.class_names[0]!r}; there must be two or more to tell apart, in an '
+            f'image folder each a folder below that of the split.')
     low, high = int(images.labels.min()), int(images.labels.max())
     if low < 0 or high >= images.num_classes:
         raise ValueError(f'{name}: labels go from {low} to {high}, with {images.num_classes} classes they must be '

@@ -9,6 +9,7 @@ import argparse
 import difflib
 import importlib.util
 import json
+import re
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
@@ -22,7 +23,9 @@ from timm.utils.distributed import is_distributed_env
 
 from .checkpoint import CHECKPOINT_FILE, PREVIOUS_FILE
 
-__all__ = ['build_parser', 'parse_args', 'check_args', 'list_recipes', 'load_recipe', 'saved_args', 'ARGS_FILE']
+__all__ = [
+    'build_parser', 'parse_args', 'check_args', 'list_recipes', 'load_recipe', 'saved_args', 'public_args',
+    'public_model_kwargs', 'recipe_name', 'ARGS_FILE', 'PLACES']
 
 ARGS_FILE = 'args.yaml'
 
@@ -31,6 +34,12 @@ _SCHEDULES = ('plateau', 'cosine', 'tanh', 'step', 'multistep', 'poly', 'wsd', '
 
 # Set for one invocation and no part of what a run is.
 _NOT_SAVED = ('resume', 'eval_only', 'checkpoint')
+
+# They tell of the machine that a run was made on, and nothing of the run.
+PLACES = frozenset(('output', 'experiment', 'data_dir', 'pretrained_path', 'initial_checkpoint'))
+
+# What timm.create_model takes of where weights are; the rest of --model-kwargs is the model's shape.
+_WEIGHT_KWARGS = frozenset(('pretrained_cfg', 'pretrained_cfg_overlay', 'cache_dir'))
 
 # What a resumed run may change: where things are, how often the host looks, how fast it goes, how long it lasts.
 _MAY_CHANGE = frozenset((
@@ -89,8 +98,12 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument('--model', default='dense2net121_s4', metavar='MODEL', help='any timm model (%(default)s)')
     group.add_argument('--model-kwargs', nargs='*', default={}, action=ParseKwargs, metavar='KEY=VALUE')
     group.add_argument('--pretrained', action=flag, default=False, help='start from (or evaluate) pretrained weights')
+    group.add_argument('--pretrained-path', metavar='PATH', help=(
+        'run folder or safetensors file in the place of the pretrained weights, with adaptation'))
     group.add_argument('--initial-checkpoint', metavar='PATH', help='start from these weights')
     group.add_argument('--num-classes', type=int, metavar='N', help="number of classes (the data's)")
+    group.add_argument('--freeze-stages', type=int, default=0, metavar='N', help=(
+        'keep the stem and the first N stages (dense blocks) as their weights are, batch statistics too'))
     group.add_argument('--drop', type=float, metavar='PCT', help='dropout rate')
     group.add_argument('--drop-path', type=float, metavar='PCT', help='drop-path rate')
     group.add_argument('--model-ema', action=flag, default=False, help='keep an exponential moving average of weights')
@@ -309,6 +322,35 @@ def saved_args(args: argparse.Namespace) -> dict[str, Any]:
     return {key: value for key, value in sorted(vars(args).items()) if key not in _NOT_SAVED}
 
 
+def public_model_kwargs(model_kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """`--model-kwargs` without where weights were taken from."""
+    return {key: value for key, value in model_kwargs.items() if key not in _WEIGHT_KWARGS}
+
+
+def public_args(args: Mapping[str, Any], model: str) -> dict[str, Any]:
+    """A run's saved arguments as they may be given away: without the paths of the machine it was made on.
+
+    Args:
+        args: Arguments by name.
+        model: Name of the architecture, for a model that lay in a folder.
+    """
+    public = {key: value for key, value in args.items() if key not in PLACES}
+    return public | dict(
+        model=model, model_kwargs=public_model_kwargs(args['model_kwargs']),
+        dataset=args['dataset'] if _is_data_set_id(args['dataset']) else Path(args['dataset']).name,
+        recipe=recipe_name(args['recipe']))
+
+
+def _is_data_set_id(dataset: str) -> bool:
+    """Whether a data set's name is that of a public one: not a path, nor hfds/ and a path."""
+    return dataset.startswith('torch/') or re.fullmatch(r'hfds/[\w.-]+/[\w.-]+', dataset) is not None
+
+
+def recipe_name(recipe: str | None) -> str | None:
+    """A packaged recipe's name, or that of a recipe's file."""
+    return recipe and Path(recipe).name
+
+
 def check_args(args: argparse.Namespace) -> None:
     """Refuses what cannot work before any work is done.
 
@@ -318,8 +360,8 @@ def check_args(args: argparse.Namespace) -> None:
     for name, least in (
             ('epochs', 1), ('batch_size', 1), ('validation_batch_size', 1), ('grad_accum_steps', 1),
             ('log_interval', 1), ('checkpoint_interval', 0), ('hold_out', 0), ('early_stop_patience', 0),
-            ('workers', 0), ('patience_epochs', 0), ('warmup_epochs', 0), ('num_classes', 1), ('lr', 0),
-            ('weight_decay', 0), ('seed', 0)):
+            ('workers', 0), ('freeze_stages', 0), ('patience_epochs', 0), ('warmup_epochs', 0), ('num_classes', 1),
+            ('lr', 0), ('weight_decay', 0), ('seed', 0)):
         value = getattr(args, name)
         if value is not None and value < least:
             raise ValueError(f'--{name.replace("_", "-")} must be at least {least}, got {value}')
@@ -341,12 +383,13 @@ def check_args(args: argparse.Namespace) -> None:
     if args.eval_only:
         if args.resume:
             raise ValueError('--eval-only trains nothing, so --resume has no meaning: name the run with --checkpoint')
+        if args.pretrained_path:
+            raise ValueError('--pretrained-path names weights to train on; to evaluate them, name them by --checkpoint')
         if bool(args.checkpoint) == bool(args.pretrained):
             raise ValueError('--eval-only needs either --checkpoint PATH or --pretrained')
     elif args.checkpoint:
         raise ValueError('--checkpoint names weights to evaluate: add --eval-only, or train on --initial-checkpoint')
-    if args.pretrained and args.initial_checkpoint:
-        raise ValueError('--pretrained and --initial-checkpoint both set the first weights: give one')
+    _check_start(args)
     for option, package in (('log_wandb', 'wandb'), ('log_tensorboard', 'tensorboard')):
         if getattr(args, option) and importlib.util.find_spec(package) is None:
             raise ValueError(f'--{option.replace("_", "-")}: {package} is not installed')
@@ -354,3 +397,19 @@ def check_args(args: argparse.Namespace) -> None:
         raise ValueError('--sync-bn shares batch statistics between processes: start them with torchrun')
     if args.sync_bn and (args.device == 'cpu' or not torch.cuda.is_available()):
         raise ValueError('--sync-bn works between GPUs only; --dist-bn shares the running statistics on a CPU')
+
+
+def _check_start(args: argparse.Namespace) -> None:
+    """What a run starts from."""
+    if args.initial_checkpoint and (args.pretrained or args.pretrained_path):
+        given = '--pretrained-path' if args.pretrained_path else '--pretrained'
+        raise ValueError(f'{given} and --initial-checkpoint both set the first weights: give one')
+    if args.pretrained_path and ':' in args.model:
+        raise ValueError(
+            f'--pretrained-path sets the first weights, and so does --model {args.model}: name the architecture alone')
+    if args.pretrained_path and _WEIGHT_KWARGS & args.model_kwargs.keys():
+        raise ValueError('--pretrained-path and --model-kwargs pretrained_cfg... both set the first weights: give one')
+    if args.freeze_stages and not (args.pretrained or args.pretrained_path or args.initial_checkpoint):
+        raise ValueError(
+            f'--freeze-stages {args.freeze_stages} keeps weights as they are, and there are none yet: name them with'
+            ' --pretrained, --pretrained-path or --initial-checkpoint')

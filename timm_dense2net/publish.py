@@ -22,7 +22,7 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 from timm.models import save_for_hf
 
 from .hub import DIGEST_KEY, HUB_ERRORS, WEIGHTS_FILE, explain_hub_error, sha256_of
-from .options import ARGS_FILE
+from .options import ARGS_FILE, public_args
 from .report import RunResult, read_run
 from .trained import TrainedModel, load_checkpoint_model
 
@@ -32,8 +32,8 @@ __all__ = ['PublishError', 'write_hub_folder', 'push_hub_folder', 'main']
 _RUN_FILES = (
     'report.json', 'summary.csv', 'curves.png', 'confusion_matrix.png', 'per_class.csv', 'per_superclass.csv')
 
-# Arguments that tell of the machine a run was made on and not of the run.
-_PRIVATE_ARGS = frozenset(('recipe', 'output', 'experiment', 'device', 'data_dir', 'initial_checkpoint', 'workers'))
+# Arguments that somebody else's machine need not share; `recipe` would make a run's arguments of the recipe.
+_OWN_ARGS = frozenset(('recipe', 'device', 'workers'))
 
 # Hub id and name of data sets known here, by the last part of timm's data set name.
 _HUB_DATASETS = {'cifar100': ('uoft-cs/cifar100', 'CIFAR-100'), 'cifar10': ('uoft-cs/cifar10', 'CIFAR-10')}
@@ -108,11 +108,14 @@ def _fill(folder: Path, run: Path, repo_id: str, result: RunResult, trained: Tra
         if (run / name).is_file():
             shutil.copyfile(run / name, folder / name)
     args = yaml.safe_load((run / ARGS_FILE).read_text(encoding='utf-8'))
-    recipe = {name: value for name, value in args.items() if name not in _PRIVATE_ARGS}
+    public = public_args(args, trained.metadata['model'])
+    recipe = {name: value for name, value in public.items() if name not in _OWN_ARGS}
     recipe['dataset'] = _dataset_name(args)
     (folder / 'recipe.yaml').write_text(yaml.safe_dump(recipe), encoding='utf-8')
+    start = 'weights of another run' if args.get('pretrained_path') or args.get('initial_checkpoint') else (
+        'pretrained weights' if args.get('pretrained') else 'random weights')
     files = {path.name for path in folder.iterdir()}
-    (folder / 'README.md').write_text(_model_card(repo_id, result, trained, files), encoding='utf-8')
+    (folder / 'README.md').write_text(_model_card(repo_id, result, trained, start, files), encoding='utf-8')
 
 
 def _dataset_name(args: Mapping[str, Any]) -> str:
@@ -121,7 +124,8 @@ def _dataset_name(args: Mapping[str, Any]) -> str:
     return f'hfds/{_HUB_DATASETS[name][0]}' if name in _HUB_DATASETS else name
 
 
-def _model_card(repo_id: str, result: RunResult, trained: TrainedModel, files: Iterable[str]) -> str:
+def _model_card(
+        repo_id: str, result: RunResult, trained: TrainedModel, start: str, files: Iterable[str]) -> str:
     licence = trained.model.pretrained_cfg.get('license') or 'apache-2.0'
     dataset_id, dataset_name = _HUB_DATASETS.get(result.dataset, (result.dataset, result.dataset))
     shared = dict(
@@ -152,8 +156,8 @@ def _model_card(repo_id: str, result: RunResult, trained: TrainedModel, files: I
 ---
 # {repo_id.partition('/')[2]}
 
-`{result.model}`, an image classifier for [timm](https://github.com/huggingface/pytorch-image-models), trained on
-{dataset_name} with `timm_dense2net`.
+`{trained.metadata['model']}`, an image classifier for [timm](https://github.com/huggingface/pytorch-image-models),
+trained on {dataset_name} with `timm_dense2net`.
 
 | | |
 | --- | --- |
@@ -162,7 +166,7 @@ def _model_card(repo_id: str, result: RunResult, trained: TrainedModel, files: I
 | Classes | {trained.model.num_classes} |
 | Top-1 / top-5 on the test split | {result.top1:.2f} % / {result.top5:.2f} % |
 | Recipe | {recipe} |
-| Trained | {result.epochs_trained} epochs, seed {result.seed}; {weights} of {epoch} |
+| Trained | {result.epochs_trained} epochs from {start}, seed {result.seed}; {weights} of {epoch} |
 | Hardware | {result.hardware}, {result.wall_time / 3600:.2f} h |
 | Libraries | {result.versions} |
 

@@ -21,7 +21,8 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from .options import ARGS_FILE, build_parser, list_recipes, load_recipe
+from .options import (
+    ARGS_FILE, PLACES, build_parser, list_recipes, load_recipe, public_model_kwargs, recipe_name)
 from .results import new_figure, read_summary, replace_file, save_figure, write_csv
 
 __all__ = [
@@ -173,7 +174,7 @@ def _flatten(run: str, values: Mapping[str, Any], args: Mapping[str, Any]) -> di
         **values,
         'run': run,
         'tag': f'{recipe.partition("_")[0]}_c100' if recipe and dataset == 'cifar100' else '',
-        'recipe': recipe,
+        'recipe': recipe_name(recipe),
         'overrides': _overrides(recipe, args, world_size),
         'dataset': dataset,
         'epochs': args.get('epochs'),
@@ -192,8 +193,10 @@ def _overrides(recipe: str, args: Mapping[str, Any], world_size: int) -> str:
     if recipe not in list_recipes():
         return ''
     expected = vars(build_parser().parse_args([])) | load_recipe(recipe)
+    args = {**args, 'model_kwargs': public_model_kwargs(args.get('model_kwargs') or {})}
+    # A path is not told: that weights were given is.
     words = [
-        f'{name}={args[name]}' for name in sorted(args)
+        name if name in PLACES else f'{name}={args[name]}' for name in sorted(args)
         if name in expected and name not in _NOT_OVERRIDES and args[name] != expected[name]]
     batch = args.get('batch_size', 0) * args.get('grad_accum_steps', 1) * world_size
     if batch != expected['batch_size'] * expected['grad_accum_steps']:
@@ -205,6 +208,8 @@ def _why_unfinished(run_dir: Path) -> str:
     try:
         epoch = read_summary(run_dir / 'summary.csv')['epoch'][-1]
     except (OSError, ValueError):
+        if (run_dir / ARGS_FILE).is_file():
+            return 'the run has not finished its first epoch'
         return 'not a run folder (neither result.json nor summary.csv)'
     return f'the run has not finished (no result.json; last epoch {epoch:.0f})'
 

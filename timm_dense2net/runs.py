@@ -26,7 +26,7 @@ from .checkpoint import CHECKPOINT_FILE, PREVIOUS_FILE, load_state, load_weights
 from .counts import count_macs, count_params
 from .distributed import Processes
 from .engine import predict
-from .options import ARGS_FILE, saved_args
+from .options import ARGS_FILE, public_model_kwargs, saved_args
 from .results import replace_file, update_curves, write_final_report
 from .trainer import Trainer
 
@@ -146,7 +146,7 @@ def write_run_results(args: argparse.Namespace, data: RunData, trainer: Trainer)
     images = trainer.epoch * len(trainer.train_loader) * args.batch_size * world_size
     result = dict(
         model=args.model,
-        model_kwargs=args.model_kwargs,
+        model_kwargs=public_model_kwargs(args.model_kwargs),
         recipe=args.recipe,
         dataset=args.dataset,
         seed=args.seed,

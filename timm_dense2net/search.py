@@ -294,7 +294,7 @@ class Worker:
         trainer = _TrialTrainer(
             args, model, build_loader(args, self.data.train, self.data, self.processes, train=True),
             build_loader(args, self.data.validation, self.data, self.processes), folder,
-            weights_metadata(args, self.data), self.processes)
+            weights_metadata(args, self.data, model), self.processes)
         trainer.trial = trial
         if state is not None:
             trainer.load_state_dict(state)

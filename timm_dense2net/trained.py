@@ -18,7 +18,9 @@ from .classes import CIFAR100_CLASSES
 from .convert import METADATA_KEY, reapply_conversion
 from .hub import HUB_ERRORS, check_weights, explain_hub_error, one_line
 
-__all__ = ['TrainedModel', 'load_trained', 'load_pretrained_model', 'load_checkpoint_model']
+__all__ = [
+    'TrainedModel', 'load_trained', 'load_pretrained_model', 'load_checkpoint_model', 'weights_file', 'weights_shape',
+    'weights_config']
 
 
 @dataclass(frozen=True)
@@ -89,8 +91,7 @@ def load_checkpoint_model(path: str | Path, name: str | None = None) -> TrainedM
         FileNotFoundError: If there is no such file.
         ValueError: If the file is not safetensors, or the model is not known or does not fit.
     """
-    path = Path(path)
-    path = path / 'last.safetensors' if path.is_dir() else path
+    path = weights_file(path)
     weights, metadata = load_weights(path)
     name = name or metadata.get('model')
     if name is None:
@@ -102,23 +103,44 @@ def load_checkpoint_model(path: str | Path, name: str | None = None) -> TrainedM
         model.load_state_dict(weights)
     except (RuntimeError, TypeError) as e:
         raise ValueError(f'{path} does not fit {name}: {one_line(e)}') from e
-    overrides = {key: json.loads(metadata[key]) for key in ('input_size', 'mean', 'std') if key in metadata}
     class_names = json.loads(metadata['class_names']) if 'class_names' in metadata else None
     return TrainedModel(
-        str(path), model.eval(), resolve_data_config(overrides, model=model), _names(class_names, model.num_classes),
-        metadata)
+        str(path), model.eval(), resolve_data_config(weights_config(metadata), model=model),
+        _names(class_names, model.num_classes), metadata)
 
 
 def _create_for(name: str, weights: Mapping[str, torch.Tensor], model_args: dict[str, Any]) -> nn.Module:
     """Creates a model with as many classes and input channels as the weights have."""
     if not is_model(name):
         raise ValueError(f"timm has no model '{name}'")
-    cfg = timm.get_pretrained_cfg(name)
-    for argument, layer, axis in (('num_classes', cfg.classifier, 0), ('in_chans', cfg.first_conv, 1)):
-        tensor = weights.get(f'{layer}.weight')
+    shape = weights_shape(timm.get_pretrained_cfg(name).to_dict(), weights)
+    return timm.create_model(name, **model_args | shape)
+
+
+def weights_file(path: str | Path) -> Path:
+    """The file that a path to weights means: a run folder's last weights, else the path itself."""
+    path = Path(path)
+    return path / 'last.safetensors' if path.is_dir() else path
+
+
+def weights_config(metadata: Mapping[str, str]) -> dict[str, Any]:
+    """How input for weights is prepared, as far as their metadata says it: ``input_size``, ``mean`` and ``std``."""
+    return {key: json.loads(metadata[key]) for key in ('input_size', 'mean', 'std') if key in metadata}
+
+
+def weights_shape(cfg: Mapping[str, Any], weights: Mapping[str, torch.Tensor]) -> dict[str, int]:
+    """Number of classes and of input channels that weights are for, where they show it.
+
+    Args:
+        cfg: Pretrained configuration of their model.
+        weights: State dict.
+    """
+    shape = {}
+    for argument, layer, axis in (('num_classes', 'classifier', 0), ('in_chans', 'first_conv', 1)):
+        tensor = weights.get(f'{cfg.get(layer)}.weight')
         if tensor is not None:
-            model_args[argument] = tensor.shape[axis]
-    return timm.create_model(name, **model_args)
+            shape[argument] = tensor.shape[axis]
+    return shape
 
 
 def _names(names: Sequence[str] | None, num_classes: int) -> tuple[str, ...] | None:

@@ -1,0 +1,87 @@
+"""What a run starts from: pretrained weights in a file, and stages that keep theirs."""
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn as nn
+from timm.models import group_parameters
+from timm.utils import freeze
+
+from .checkpoint import load_weights
+from .trained import weights_config, weights_file, weights_shape
+
+__all__ = ['pretrained_overlay', 'freeze_stages']
+
+
+def pretrained_overlay(path: str | Path, model: nn.Module, class_names: Sequence[str]) -> dict[str, Any]:
+    """A file of weights in the place of those that a model's name stands for.
+
+    timm adapts head and first convolution as it does for weights of its own. Weights of as many classes as are trained
+    on keep their head, unless the file names other classes.
+
+    Args:
+        path: Run folder (its last weights) or safetensors file.
+        model: The timm model that they are for, with other weights.
+        class_names: Names of the classes that it is to tell apart.
+
+    Returns:
+        timm's ``pretrained_cfg_overlay``.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is not a safetensors file, lacks parameters of the model other than the head's or has more.
+    """
+    weights, metadata = load_weights(weights_file(path))
+    _check_names(path, weights, metadata, model)
+    shape = weights_shape(model.pretrained_cfg, weights)
+    num_classes = shape.get('num_classes', 0)
+    if json.loads(metadata.get('class_names', 'null')) not in (None, list(class_names)):
+        num_classes = 0  # timm makes a new head where the number is another
+    config = dict(input_size=model.pretrained_cfg['input_size']) | weights_config(metadata)
+    if 'in_chans' in shape:
+        config['input_size'] = (shape['in_chans'], *config['input_size'][1:])
+    return dict(config, state_dict=weights, file=None, num_classes=num_classes)
+
+
+def _check_names(
+        path: str | Path, weights: Mapping[str, torch.Tensor], metadata: Mapping[str, str], model: nn.Module) -> None:
+    """timm itself only logs what weights for other classes lack."""
+    classifier = model.pretrained_cfg.get('classifier') or ()
+    heads = tuple(f'{name}.' for name in ((classifier,) if isinstance(classifier, str) else classifier))
+    # Frozen norms count no batches.
+    names = {name for name in weights.keys() ^ model.state_dict().keys() if not name.endswith('num_batches_tracked')}
+    other = sorted(name for name in names if not name.startswith(heads))
+    if other:
+        held = ''
+        if 'model' in metadata:
+            held = f' holds weights of {metadata["model"]} {metadata.get("model_args", "")} and'
+        what = f'{"has more" if other[0] in weights else "lacks some"}, {other[0]} first'
+        raise ValueError(f'{path}{held} does not fit {model.pretrained_cfg["architecture"]}: it {what}')
+
+
+def freeze_stages(model: nn.Module, count: int) -> None:
+    """Freezes the stem and the first stages of a timm model in place, by timm's own grouping of its layers.
+
+    Their parameters get no gradient, and their batch norms keep statistics and weights as buffers.
+
+    Args:
+        model: Any timm model; stages are those of `group_matcher(coarse=True)`, dense blocks with their transitions.
+        count: Number of stages.
+
+    Raises:
+        ValueError: If the model has not so many stages.
+    """
+    groups = group_parameters(model, model.group_matcher(coarse=True))
+    # The first group is the stem, the last one the head.
+    stages = len(groups) - 2
+    if count > stages:
+        raise ValueError(f'--freeze-stages must be at most {stages}, the stages of this model, got {count}')
+    names = [name for group in range(count + 1) for name in groups[group]]
+    for name in names:
+        model.get_parameter(name).requires_grad_(False)
+    # The root, where some models have a parameter, holds all stages.
+    freeze(model, sorted({name.rpartition('.')[0] for name in names} - {''}))
