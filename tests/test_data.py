@@ -101,6 +101,15 @@ def test_image_folder(tmp_path):
     assert swapped.class_names == ('dog', 'cat') and swapped.labels.tolist() == [1, 1, 1, 0, 0, 0]
 
 
+@pytest.mark.parametrize('subfolder, name', [('a', "'a'"), ('.', "''")])
+def test_one_class_is_not_enough(tmp_path, subfolder, name):
+    (tmp_path / 'train' / subfolder).mkdir(parents=True, exist_ok=True)
+    for i in range(3):
+        Image.new('RGB', (4, 4)).save(tmp_path / 'train' / subfolder / f'{i}.png')
+    with pytest.raises(ValueError, match=f'train: has one class only, {name}; there must be two or more'):
+        load_arrays(str(tmp_path), 'train')
+
+
 @pytest.mark.parametrize('name', ['validation', 'val', 'test'])
 def test_evaluation_folder_goes_by_timms_names(tmp_path, name):
     assert len(load_arrays(write_folder(tmp_path, splits=('train', name)), 'test')) == 6
@@ -231,7 +240,7 @@ def test_damaged_or_missing_torch_cifar100_is_named(small_cifar100):
     content = bytearray((folder / 'train').read_bytes())
     content[len(content) // 2] ^= 1
     (folder / 'train').write_bytes(content)
-    with pytest.raises(FileNotFoundError, match='torch/cifar100: not found or damaged in .*; download it'):
+    with pytest.raises(FileNotFoundError, match='torch/cifar100: not found in .*, or damaged .*--dataset-download'):
         load_arrays('torch/cifar100', 'train', data_dir=str(root))
     with pytest.raises(FileNotFoundError, match='torch/cifar100: not found'):
         load_arrays('torch/cifar100', 'train', data_dir=str(root / 'elsewhere'))

@@ -147,6 +147,8 @@ def test_bad_run_folders_are_reported_and_counted_and_the_rest_goes_on(tmp_path,
     for epoch in range(5):
         update_summary(epoch, dict(loss=1.), dict(top1=2.), unfinished / 'summary.csv')
     (tmp_path / 'empty').mkdir()
+    (tmp_path / 'begun').mkdir()
+    (tmp_path / 'begun' / 'args.yaml').write_text('model: resnet18\n')
     torn = make_run(tmp_path, 'torn')
     (torn / 'result.json').write_text('{"model": "dense2')
     bare = make_run(tmp_path, 'bare')
@@ -155,13 +157,15 @@ def test_bad_run_folders_are_reported_and_counted_and_the_rest_goes_on(tmp_path,
     wrong = make_run(tmp_path, 'wrong', test_top1=7650)
     text = make_run(tmp_path, 'text', params='many')
 
-    paths = [unfinished, tmp_path / 'empty', tmp_path / 'nowhere', torn, bare, lacking, wrong, text, good]
+    begun, empty = tmp_path / 'begun', tmp_path / 'empty'
+    paths = [unfinished, begun, empty, tmp_path / 'nowhere', torn, bare, lacking, wrong, text, good]
     assert main([*map(str, paths), '--results', str(tmp_path / 'results.csv')]) == 1
 
     out, err = capsys.readouterr()
     assert '| `deck_s8` |' in out
     for path, message in [
             (unfinished, 'the run has not finished (no result.json; last epoch 4)'),
+            (tmp_path / 'begun', 'the run has not finished its first epoch'),
             (tmp_path / 'empty', 'not a run folder'),
             (tmp_path / 'nowhere', 'no such folder'),
             (torn, 'result.json or args.yaml cannot be read'),
@@ -171,7 +175,7 @@ def test_bad_run_folders_are_reported_and_counted_and_the_rest_goes_on(tmp_path,
             (text, "params must be of type int, got 'many'"),
     ]:
         assert any(line.startswith(f'error: {path}: ') and message in line for line in err.splitlines())
-    assert '8 of 9 runs could not be read' in err
+    assert '9 of 10 runs could not be read' in err
     assert [result.run for result in read_results(tmp_path / 'results.csv')] == ['good']
 
 
