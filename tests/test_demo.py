@@ -208,6 +208,11 @@ def test_in_a_browser(server, browser, tmp_path):
         wait_for(lambda: browser.execute_script(
             'return [...document.querySelectorAll("img")].every(e => e.complete)'), 'every picture')
         browser.save_screenshot(os.environ['DEMO_SCREENSHOT'])
+    browser.set_window_size(500, 1600)
+    rights = wait_for(lambda: browser.execute_script(
+        'return [...document.querySelectorAll(".maps img")].map(e => e.getBoundingClientRect().right)'), 'the maps')
+    assert len(rights) == 7 and max(rights) <= browser.execute_script('return innerWidth'), rights
+    browser.set_window_size(1280, 1600)
 
     DRAWINGS['sea']().resize((9000, 9000)).save(tmp_path / 'large.jpg')
     upload(tmp_path / 'large.jpg')

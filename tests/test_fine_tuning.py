@@ -93,6 +93,8 @@ def top1_of(run):
 def test_packaged_weights_beat_a_start_from_nothing(runs):
     top1 = {name: top1_of(run) for name, run in runs.items()}
     print(top1)
+    params = {json.loads((run / 'result.json').read_text())['params'] for run in runs.values()}
+    assert len(params) == 1
     assert min(top1['tuned'], top1['decayed'], top1['frozen']) >= top1['scratch'] + 10., top1
 
 

@@ -220,7 +220,7 @@ def test_a_model_that_cannot_be_used_is_one_message(pictures, tmp_path, capsys):
 
 @pytest.mark.parametrize('option, message', [
     (['--topk', '0'], '--topk must be at least 1, got 0'), (['-b', '0'], '--batch-size must be at least 1, got 0'),
-    (['--format', 'xml'], 'invalid choice')])
+    (['--format', 'xml'], 'invalid choice'), (['--output', 'no/where.csv'], 'there is no folder no')])
 def test_a_wrong_call_is_refused(option, message, capsys):
     with pytest.raises(SystemExit) as stop:
         main(['a.png', *option])

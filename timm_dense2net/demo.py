@@ -31,12 +31,18 @@ _TOPK = 5
 _MAX_UPLOAD = '64mb'
 
 # Galleries as high as what is in them.
-_STYLE = '.maps .grid-wrap { max-height: none; min-height: 0; height: auto; overflow: visible }'
+# Two maps a row on a telephone, where four would be cut off, with their captions.
+_STYLE = '''
+.maps .grid-wrap { max-height: none; min-height: 0; height: auto; overflow: visible }
+@media (max-width: 700px) { .maps .grid-container { grid-template-columns: repeat(2, minmax(0, 1fr)) !important } }
+.maps .caption-label { max-width: 100%; white-space: normal; overflow: visible }
+'''
 
 _INTRODUCTION = '''\
 # Dense2Net
 What is in the picture, and where the net found it. A dense layer passes its channels through a hierarchy of 3x3
-convolutions: the first split passes untouched, every further one has seen two pixels more.
+convolutions: the first split passes untouched, every further one has seen two pixels more. A map's caption tells how
+much its split has seen, and its share of the whole.
 '''
 
 

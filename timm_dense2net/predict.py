@@ -225,6 +225,8 @@ def main(argv: list[str] | None = None) -> int:
     for name in ('topk', 'batch_size'):
         if getattr(args, name) < 1:
             parser.error(f'--{name.replace("_", "-")} must be at least 1, got {getattr(args, name)}')
+    if args.output and not Path(args.output).parent.is_dir():
+        parser.error(f'--output {args.output}: there is no folder {Path(args.output).parent}')
     try:
         device = start_processes(args.device).device
         trained = load_trained(args.model or (None if args.checkpoint else _default_model()), args.checkpoint)

@@ -19,7 +19,7 @@ from typing import Any
 
 import yaml
 from timm.models import safe_model_name
-from timm.utils import trim_summary, update_summary
+from timm.utils import trim_summary, unfreeze, update_summary
 
 from .build import RunData, build_loader, environment
 from .checkpoint import CHECKPOINT_FILE, PREVIOUS_FILE, load_state, load_weights, read_state_bytes
@@ -142,6 +142,8 @@ def write_run_results(args: argparse.Namespace, data: RunData, trainer: Trainer)
     loader = build_loader(args, data.test, data, Processes(trainer.device))
     logits, targets = predict(model, loader.epoch(0), trainer.autocast)
     figures = write_final_report(folder, logits, targets, data.test.class_names)
+    # Frozen norms hold their weights as buffers, which would not be counted.
+    unfreeze(model)
     world_size, train_seconds = trainer.processes.world_size, trainer.seconds['train']
     images = trainer.epoch * len(trainer.train_loader) * args.batch_size * world_size
     result = dict(

@@ -70,9 +70,7 @@ def load_pretrained_model(name: str) -> TrainedModel:
         model = timm.create_model(name, pretrained=True).eval()
         check_weights(name)
     except HUB_ERRORS as e:
-        if name.startswith('hf-hub:'):
-            raise ValueError(explain_hub_error(e, name.partition(':')[2])) from e
-        raise ValueError(f'{name}: {one_line(e)}') from e
+        raise ValueError(explain_hub_error(e, name.removeprefix('hf-hub:'))) from e
     cfg = model.pretrained_cfg
     class_names = cfg.get('label_names')
     if class_names is None and (cfg.get('tag') or '').endswith('_c100') and model.num_classes == 100:
