@@ -4,6 +4,7 @@ A page's commands run in their order in one folder, as a reader would run them. 
 pictures, an image folder. Values that would take hours or a network are replaced by small ones.
 """
 import contextlib
+import functools
 import io
 import os
 import re
@@ -121,8 +122,7 @@ def check_as_it_stands(command):
     elif 'train.py' in command or 'validate.py' in command:
         assert timm.is_model(words[words.index('--model') + 1]), command
     elif 'benchmarks/' in command:
-        check_options(words, subprocess.run(
-            [sys.executable, str(ROOT / words[1]), '--help'], capture_output=True, text=True).stdout)
+        check_options(words, help_of_script(words[1]))
     elif 'timm_dense2net' in command:
         # What search does not know it hands on to a training run.
         more = build_parser().format_help() if words[3] == 'search' else ''
@@ -133,6 +133,11 @@ def help_of(command):
     with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()) as out:
         main([command, '--help'])
     return out.getvalue()
+
+
+@functools.lru_cache(maxsize=None)
+def help_of_script(path):
+    return subprocess.run([sys.executable, str(ROOT / path), '--help'], capture_output=True, text=True).stdout
 
 
 def check_options(words, help_text):
@@ -171,7 +176,7 @@ def run_training(words):
     return run_here([*words, *small, '--experiment', name])
 
 
-@pytest.mark.parametrize('page', PAGES, ids=lambda page: page.stem)
+@pytest.mark.parametrize('page', PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_page(page, folder, monkeypatch, capfd):
     monkeypatch.chdir(folder)
     module = types.ModuleType(f'docs_{page.stem}')
