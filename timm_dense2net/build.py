@@ -19,6 +19,7 @@ from timm.models import is_model, list_models, split_model_name_tag
 
 from .augment import AugmentConfig
 from .checkpoint import load_weights
+from .convert import conversion_metadata, convert_res2net, load_converted, recorded_conversion
 from .data import (
     BatchLoader, ImageArrays, ImageReader, check_same_classes, dataset_stats, hold_out_split, load_images)
 from .distributed import Processes
@@ -105,7 +106,7 @@ def _check_model_name(model: str) -> None:
 
 
 def build_model(args: argparse.Namespace, images: Images, with_weights: bool = True) -> nn.Module:
-    """Creates the model for the classes and channels of `images`.
+    """Creates the model for the classes and channels of `images`, and converts it where `--res2net-scale` says so.
 
     Args:
         args: Arguments of the run.
@@ -113,9 +114,15 @@ def build_model(args: argparse.Namespace, images: Images, with_weights: bool = T
         with_weights: Whether it starts from the weights that the arguments name; a resumed run has its own.
 
     Raises:
-        ValueError: If timm has no such model, or it does not take the arguments or the weights.
+        ValueError: If timm has no such model, it does not take the arguments or the weights, or cannot be converted.
     """
     _check_model_name(args.model)
+    initial = args.initial_checkpoint if with_weights else None
+    converted = _is_converted(initial, args.res2net_scale)
+    if with_weights and args.freeze_stages and args.res2net_scale and not converted:
+        raise ValueError(
+            '--freeze-stages keeps weights as they are, and the layers that --res2net-scale makes have random ones:'
+            ' give one of the two')
     shape = dict(
         num_classes=images.num_classes, in_chans=images.image_shape[0], drop_rate=args.drop,
         drop_path_rate=args.drop_path, **args.model_kwargs)
@@ -126,15 +133,33 @@ def build_model(args: argparse.Namespace, images: Images, with_weights: bool = T
             overlay = pretrained_overlay(args.pretrained_path, bare, images.class_names)
             weights = dict(pretrained=True, pretrained_cfg_overlay=overlay)
         elif with_weights:
-            weights = dict(pretrained=args.pretrained, checkpoint_path=args.initial_checkpoint or '')
+            weights = dict(pretrained=args.pretrained, checkpoint_path='' if converted else initial or '')
         model = timm.create_model(args.model, **shape, **weights)
         # Loaded by now, and no part of what a copy of the model should hold.
         model.pretrained_cfg.pop('state_dict', None)
+        if converted:
+            load_converted(model, initial)
+        elif args.res2net_scale:
+            convert_res2net(model, args.res2net_scale)
     except (TypeError, *HUB_ERRORS) as e:
         raise ValueError(f'{args.model}: {one_line(e)}') from e
     if args.freeze_stages:
         freeze_stages(model, args.freeze_stages)
     return convert_sync_batchnorm(model) if args.sync_bn else model
+
+
+def _is_converted(checkpoint: str | None, scale: int | None) -> bool:
+    """Whether the first weights are those of a model converted at this scale.
+
+    Raises:
+        ValueError: If they are of one converted at another scale.
+    """
+    conversion = recorded_conversion(checkpoint) if checkpoint else None
+    if conversion is not None and conversion['scale'] != scale:
+        raise ValueError(
+            f'{checkpoint} holds weights of a model converted at scale {conversion["scale"]}: give --res2net-scale'
+            f' {conversion["scale"]}, not {scale}')
+    return conversion is not None
 
 
 def build_loader(
@@ -192,6 +217,7 @@ def weights_metadata(args: argparse.Namespace, data: RunData, model: nn.Module) 
         dataset=arguments['dataset'],
         class_names=json.dumps(data.train.class_names),
         args=json.dumps(arguments),
+        **conversion_metadata(model),
     )
 
 

@@ -12,6 +12,7 @@ import os
 import sys
 from collections import OrderedDict
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import timm
@@ -24,7 +25,7 @@ from .checkpoint import load_weights
 from .counts import count_macs, count_params
 from .dense2net import SplitHierarchyConv2d
 
-__all__ = ['convert_res2net', 'reapply_conversion', 'conversion_metadata', 'load_converted', 'METADATA_KEY']
+__all__ = ['convert_res2net', 'reapply_conversion', 'conversion_metadata', 'recorded_conversion', 'load_converted', 'METADATA_KEY']
 
 _logger = logging.getLogger(__name__)
 
@@ -193,6 +194,19 @@ def conversion_metadata(model: nn.Module) -> dict[str, str]:
     return {} if conversion is None else {METADATA_KEY: json.dumps(conversion)}
 
 
+def recorded_conversion(path: str | os.PathLike[str]) -> dict[str, Any] | None:
+    """The conversion that a file of weights records; None where it records none or is no safetensors file.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it has the suffix of a safetensors file and is not a whole one.
+    """
+    if Path(path).suffix != '.safetensors':
+        return None
+    metadata = load_weights(path)[1]
+    return json.loads(metadata[METADATA_KEY]) if METADATA_KEY in metadata else None
+
+
 def load_converted(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     """Reapplies the conversion that a file of weights records and loads the weights.
 
@@ -207,12 +221,12 @@ def load_converted(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
         FileNotFoundError: If there is no such file.
         ValueError: If the file is not safetensors, records no conversion, or does not fit the model.
     """
-    weights, metadata = load_weights(path)
-    if METADATA_KEY not in metadata:
+    conversion = recorded_conversion(path)
+    if conversion is None:
         raise ValueError(f'{path} records no conversion: load its weights as they are')
-    reapply_conversion(model, json.loads(metadata[METADATA_KEY]))
+    reapply_conversion(model, conversion)
     try:
-        model.load_state_dict(weights)
+        model.load_state_dict(load_weights(path)[0])
     except RuntimeError as e:
         raise ValueError(f'{path} does not fit {type(model).__name__}: {" ".join(str(e).split())[:300]}') from e
     return model

@@ -106,6 +106,8 @@ def build_parser() -> argparse.ArgumentParser:
         'keep the stem and the first N stages (dense blocks) as their weights are, batch statistics too'))
     group.add_argument('--drop', type=float, metavar='PCT', help='dropout rate')
     group.add_argument('--drop-path', type=float, metavar='PCT', help='drop-path rate')
+    group.add_argument('--res2net-scale', type=int, metavar='S', help=(
+        "replace the model's 3x3 convolutions by Dense2Net's hierarchy of S splits, after its weights are loaded"))
     group.add_argument('--model-ema', action=flag, default=False, help='keep an exponential moving average of weights')
     group.add_argument('--model-ema-decay', type=float, default=0.9998, metavar='D')
     group.add_argument('--model-ema-warmup', action=flag, default=False, help='warm the decay up; needed on short runs')
@@ -358,6 +360,7 @@ def check_args(args: argparse.Namespace) -> None:
         ValueError: Naming the value, or the two options that cannot go together.
     """
     for name, least in (
+            ('res2net_scale', 2),
             ('epochs', 1), ('batch_size', 1), ('validation_batch_size', 1), ('grad_accum_steps', 1),
             ('log_interval', 1), ('checkpoint_interval', 0), ('hold_out', 0), ('early_stop_patience', 0),
             ('workers', 0), ('freeze_stages', 0), ('patience_epochs', 0), ('warmup_epochs', 0), ('num_classes', 1),

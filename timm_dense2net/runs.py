@@ -149,6 +149,7 @@ def write_run_results(args: argparse.Namespace, data: RunData, trainer: Trainer)
     result = dict(
         model=args.model,
         model_kwargs=public_model_kwargs(args.model_kwargs),
+        res2net_scale=args.res2net_scale,
         recipe=args.recipe,
         dataset=args.dataset,
         seed=args.seed,
