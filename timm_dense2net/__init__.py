@@ -1,5 +1,5 @@
 """Dense2Net models for timm: importing this package registers them."""
-from . import resnet_cifar  # noqa: F401
+from . import convert, resnet_cifar  # noqa: F401
 from .dense2net import Dense2Net, SplitHierarchyConv2d
 from .version import __version__
 

@@ -18,14 +18,17 @@ from typing import Any
 import timm
 import torch.nn as nn
 from timm.layers import create_conv2d, get_device_dtype, get_norm_act_layer
-from timm.models import is_model, list_models
+from timm.models import build_model_with_cfg, is_model, list_models, model_entrypoint, register_model
 from timm.models.res2net import Bottle2neck
 
 from .checkpoint import load_weights
 from .counts import count_macs, count_params
 from .dense2net import SplitHierarchyConv2d
 
-__all__ = ['convert_res2net', 'reapply_conversion', 'conversion_metadata', 'recorded_conversion', 'load_converted', 'METADATA_KEY']
+__all__ = [
+    'convert_res2net', 'reapply_conversion', 'conversion_metadata', 'recorded_conversion', 'load_converted',
+    'METADATA_KEY',
+]
 
 _logger = logging.getLogger(__name__)
 
@@ -229,6 +232,38 @@ def load_converted(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
         model.load_state_dict(load_weights(path)[0])
     except RuntimeError as e:
         raise ValueError(f'{path} does not fit {type(model).__name__}: {" ".join(str(e).split())[:300]}') from e
+    return model
+
+
+@register_model
+def res2net_converted(
+        pretrained: bool = False,
+        *,
+        base: str,
+        conversion: Mapping[str, Any],
+        **kwargs: Any,
+) -> nn.Module:
+    """A model with a recorded conversion: the architecture that a published converted model names.
+
+    Args:
+        pretrained: Load the weights of the pretrained configuration.
+        base: timm model name.
+        conversion: The record, `res2net_conversion` of a model made as `base` with the same arguments.
+        **kwargs: Arguments of the base model and of timm's `build_model_with_cfg`.
+
+    Raises:
+        ValueError: If the record does not fit the model.
+    """
+    def create(**model_args: Any) -> nn.Module:
+        return reapply_conversion(model_entrypoint(base)(**model_args), conversion)
+
+    source_args = kwargs.get('pretrained_model_args') or {}
+    model = build_model_with_cfg(
+        create, 'res2net_converted', pretrained, feature_cfg=dict(feature_cls='getter'), **kwargs)
+    # As of a model that was converted after it was made: saved again, its record goes beside the base's name.
+    model.pretrained_cfg['architecture'] = base
+    model.pretrained_model_args = {
+        key: value for key, value in source_args.items() if key not in ('base', 'conversion')}
     return model
 
 

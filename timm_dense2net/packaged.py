@@ -78,11 +78,15 @@ def package_run(run: Path, recipe: str) -> Path:
 
     Raises:
         FileNotFoundError: If the run has no weights.
-        ValueError: If the weights are not for CIFAR-100's classes or do not say of which model they are.
+        ValueError: If the weights are not for CIFAR-100's classes, do not say of which model they are, or that
+            model was converted.
     """
+    from .convert import METADATA_KEY  # here, as convert imports the models and they this file
     state_dict, metadata = load_weights(run / 'last.safetensors')
     if 'model' not in metadata or metadata.get('num_classes') != '100':
         raise ValueError(f'{run}: expected weights of a named model with 100 classes, got {metadata}')
+    if METADATA_KEY in metadata:
+        raise ValueError(f'{run}: weights of a converted {metadata["model"]} fit no model that a name stands for')
     half = {name: t.half() if t.is_floating_point() else t for name, t in state_dict.items()}
     overflown = [name for name, t in half.items() if not torch.isfinite(t).all()]
     if overflown:

@@ -98,9 +98,14 @@ def write_hub_folder(run: Path, repo_id: str, output: Path) -> Path:
 
 
 def _fill(folder: Path, run: Path, repo_id: str, result: RunResult, trained: TrainedModel) -> None:
+    model_config = dict(label_names=list(trained.class_names)) if trained.class_names else {}
+    conversion, model_args = getattr(trained.model, 'res2net_conversion', None), None
+    if conversion is not None:
+        model_config['pretrained_cfg'] = dict(architecture='res2net_converted')
+        model_args = dict(base=trained.model.pretrained_cfg['architecture'], conversion=conversion)
     save_for_hf(
         trained.model, str(folder), safe_serialization=True, data_config=trained.data_config,
-        model_config=dict(label_names=list(trained.class_names)) if trained.class_names else None)
+        model_config=model_config, model_args=model_args)
     config = json.loads((folder / 'config.json').read_text(encoding='utf-8'))
     config[DIGEST_KEY] = sha256_of(folder / WEIGHTS_FILE)
     (folder / 'config.json').write_text(json.dumps(config, indent=2) + '\n', encoding='utf-8')

@@ -191,7 +191,8 @@ def _flatten(run: str, values: Mapping[str, Any], args: Mapping[str, Any]) -> di
 def _overrides(recipe: str, args: Mapping[str, Any], world_size: int) -> str:
     """What a run was given beyond its recipe, as `name=value` words."""
     if recipe not in list_recipes():
-        return ''
+        # Nothing is known of what else was changed, but a converted model is another one.
+        return f'res2net_scale={args["res2net_scale"]}' if args.get('res2net_scale') else ''
     expected = vars(build_parser().parse_args([])) | load_recipe(recipe)
     args = {**args, 'model_kwargs': public_model_kwargs(args.get('model_kwargs') or {})}
     # A path is not told: that weights were given is.

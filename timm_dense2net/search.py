@@ -434,7 +434,7 @@ def main(argv: list[str] | None = None) -> int:
     args, rest = _build_parser().parse_known_args(argv)
     try:
         train_args = parse_args(rest)
-        for option in ('resume', 'experiment', 'eval_only'):
+        for option in ('resume', 'experiment', 'eval_only', 'res2net_scale'):
             if getattr(train_args, option):
                 raise ValueError(f'--{option.replace("_", "-")} is not for a search: the trials set it')
         if not train_args.hold_out:
