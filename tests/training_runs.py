@@ -48,19 +48,19 @@ def run_here(argv):
     return train_cifar.main([str(item) for item in argv])
 
 
-def start(argv, log, prepare=None):
-    """Starts the job in a process of its own, its output going to the file `log`.
+def start(argv, log, prepare=None, main=run_here):
+    """Starts the job, or another command's `main`, in a process of its own, its output going to the file `log`.
 
     `prepare` is called in that process first, with no arguments.
     """
     paths = [str(ROOT), str(ROOT / 'tests'), *filter(None, [os.environ.get('PYTHONPATH')])]
     os.environ['PYTHONPATH'] = os.pathsep.join(dict.fromkeys(paths))
-    process = _context.Process(target=_job, args=(argv, str(log), prepare))
+    process = _context.Process(target=_job, args=(argv, str(log), prepare, main))
     process.start()
     return process
 
 
-def _job(argv, log, prepare):
+def _job(argv, log, prepare, main):
     torch.set_num_threads(1)
     # Drawing takes most of a tiny run's time, and a run does without it where matplotlib is missing.
     sys.modules['matplotlib'] = None
@@ -68,7 +68,7 @@ def _job(argv, log, prepare):
         setup_default_logging()
         if prepare is not None:
             prepare()
-        code = run_here(argv)
+        code = main(argv)
     sys.exit(code)
 
 
