@@ -96,6 +96,10 @@ def test_published_model_loads_by_timm(output, hub_folder):
     assert other.res2net_conversion['scale'] == SCALE and logits(other).shape == (2, 3)
     backbone = timm.create_model(f'local-dir:{hub_folder}', pretrained=True, features_only=True, out_indices=(1, 2))
     assert [f.shape[1] for f in logits(backbone)] == backbone.feature_info.channels()
+    args = ('--model', f'local-dir:{hub_folder}', '--pretrained', '--epochs', 1)
+    assert run_here(arguments(output, *args, name='on')) == 0
+    again = load_trained(checkpoint=output / 'on').model
+    assert again.res2net_conversion == model.res2net_conversion
     assert '`test_resnet`' in (hub_folder / 'README.md').read_text()
 
 
@@ -108,9 +112,19 @@ def test_training_goes_on_from_converted_weights(output, tmp_path, capsys):
     names = [name for name in before if 'running' not in name and 'num_batches' not in name]
     assert all(torch.equal(weights[name], before[name]) for name in names)
     for scale in ((), ('--res2net-scale', 4)):
-        capsys.readouterr()
         assert run_here(arguments(tmp_path, *args, *scale, name='other')) == 1
         assert f'converted at scale {SCALE}: give --res2net-scale {SCALE}' in capsys.readouterr().err
+    # With their head adapted only those of the model as its name says.
+    assert run_here(arguments(tmp_path, '--pretrained-path', last, name='other')) == 1
+    assert capsys.readouterr().err.splitlines()[-1].startswith(f'error: test_resnet: {last} ')
+
+
+def test_random_layers_are_not_frozen(output, tmp_path, capsys):
+    freeze = ('--freeze-stages', 1, '--epochs', 1, '--initial-checkpoint')
+    assert run_here(arguments(tmp_path, '--epochs', 1, name='plain')) == 0
+    assert train(tmp_path, *freeze, tmp_path / 'plain' / 'last.safetensors') == 1
+    assert '--freeze-stages keeps weights as they are' in capsys.readouterr().err
+    assert train(tmp_path, *freeze, output / 'run' / 'last.safetensors') == 0
 
 
 def test_pretrained_weights_are_converted(tmp_path):

@@ -122,6 +122,17 @@ def test_intermediates_are_the_features(name):
             torch.testing.assert_close(net(x), [taps[0], taps[2], taps[3]])
 
 
+@pytest.mark.parametrize('name', IMAGENET_MODELS)
+def test_features_of_larger_images_are_at_strides_4_to_32(name):
+    with torch.device('meta'):
+        net = create(name, features_only=True, out_indices=(1, 2, 3, 4)).eval()
+    assert net.feature_info.reduction() == [4, 8, 16, 32]
+    shapes = [f.shape for f in net(torch.empty(1, 3, 384, 224, device='meta'))]
+    assert shapes == [
+        (1, channels, 384 // reduction, 224 // reduction)
+        for channels, reduction in zip(net.feature_info.channels(), (4, 8, 16, 32))]
+
+
 @pytest.mark.parametrize('name', MODELS)
 def test_features_only(name):
     with torch.device('meta'):

@@ -160,6 +160,7 @@ def test_reports_and_recipe(tmp_path):
 @pytest.mark.parametrize('args, message', [
     (['--study', 's', '--recipe', 'nano'], 'give --hold-out N'),
     (['--study', 's', '--recipe', 'nano', '--hold-out', '9', '--experiment', 'x'], '--experiment is not for a search'),
+    (['--study', 's', '--hold-out', '9', '--res2net-scale', '4'], '--res2net-scale is not for a search'),
     (['--study', 's', '--recipe', 'nono', '--hold-out', '9'], 'no recipe'),
     (['--study', 's', '--recipe', 'nano', '--hold-out', '9', '--trials', '-1'], '--trials must be at least 0'),
     (['--study', 's', '--recipe', 'nano', '--hold-out', '9', '--storage', 'nosql://me:secret@host/db'], 'nosql://...@host/db'),

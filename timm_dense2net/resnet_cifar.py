@@ -57,7 +57,34 @@ class StagedBottle2neck(Bottle2neck):
             )
 
 
-class CifarResNet(ResNet):
+class CifarFeatures:
+    """Features of timm's residual nets, before whose class it stands, where they have a stem and three stages."""
+
+    def forward_intermediates(
+            self,
+            x: torch.Tensor,
+            indices: Optional[Union[int, List[int]]] = None,
+            norm: bool = False,
+            stop_early: bool = False,
+            output_fmt: str = 'NCHW',
+            intermediates_only: bool = False,
+    ) -> Union[List[torch.Tensor], Tuple[torch.Tensor, List[torch.Tensor]]]:
+        """Forward pass that also returns feature maps: 0 is the stem, then each stage. As timm's."""
+        take_indices, _ = feature_take_indices(NUM_FEATURES, indices)
+        return super().forward_intermediates(x, take_indices, norm, stop_early, output_fmt, intermediates_only)
+
+    def prune_intermediate_layers(
+            self,
+            indices: Union[int, List[int]] = 1,
+            prune_norm: bool = False,
+            prune_head: bool = True,
+    ) -> List[int]:
+        """Remove the layers that the given features do not need. As timm's."""
+        take_indices, _ = feature_take_indices(NUM_FEATURES, indices)
+        return super().prune_intermediate_layers(take_indices, prune_norm, prune_head)
+
+
+class CifarResNet(CifarFeatures, ResNet):
     """timm's ResNet with the CIFAR stem and three stages.
 
     Shape: (N, in_chans, H, W) -> (N, num_classes).
@@ -123,19 +150,6 @@ class CifarResNet(ResNet):
         self.maxpool = nn.Identity()
         self.feature_info = _at_cifar_strides(self.feature_info)
 
-    def forward_intermediates(
-            self,
-            x: torch.Tensor,
-            indices: Optional[Union[int, List[int]]] = None,
-            norm: bool = False,
-            stop_early: bool = False,
-            output_fmt: str = 'NCHW',
-            intermediates_only: bool = False,
-    ) -> Union[List[torch.Tensor], Tuple[torch.Tensor, List[torch.Tensor]]]:
-        """Forward pass that also returns feature maps: 0 is the stem, then each stage. As timm's ResNet."""
-        take_indices, _ = feature_take_indices(NUM_FEATURES, indices)
-        return super().forward_intermediates(x, take_indices, norm, stop_early, output_fmt, intermediates_only)
-
     def prune_intermediate_layers(
             self,
             indices: Union[int, List[int]] = 1,
@@ -146,11 +160,11 @@ class CifarResNet(ResNet):
         take_indices, max_index = feature_take_indices(NUM_FEATURES, indices)
         # The classifier belongs to ResNet's fourth stage, which is empty here.
         fourth_stage = [NUM_FEATURES] if max_index == NUM_FEATURES - 1 else []
-        super().prune_intermediate_layers(take_indices + fourth_stage, prune_norm, prune_head)
+        ResNet.prune_intermediate_layers(self, take_indices + fourth_stage, prune_norm, prune_head)
         return take_indices
 
 
-class CifarResNetV2(ResNetV2):
+class CifarResNetV2(CifarFeatures, ResNetV2):
     """timm's pre-activation ResNet with the CIFAR stem and three stages.
 
     Shape: (N, in_chans, H, W) -> (N, num_classes).
@@ -206,29 +220,6 @@ class CifarResNetV2(ResNetV2):
         self.stem.add_module('conv', create_conv2d(in_chans, stem_chs, 3, device=device, dtype=dtype))
         nn.init.kaiming_normal_(self.stem.conv.weight, mode='fan_out', nonlinearity='relu')
         self.feature_info = _at_cifar_strides(self.feature_info)
-
-    def forward_intermediates(
-            self,
-            x: torch.Tensor,
-            indices: Optional[Union[int, List[int]]] = None,
-            norm: bool = False,
-            stop_early: bool = False,
-            output_fmt: str = 'NCHW',
-            intermediates_only: bool = False,
-    ) -> Union[List[torch.Tensor], Tuple[torch.Tensor, List[torch.Tensor]]]:
-        """Forward pass that also returns feature maps: 0 is the stem, then each stage. As timm's ResNetV2."""
-        take_indices, _ = feature_take_indices(NUM_FEATURES, indices)
-        return super().forward_intermediates(x, take_indices, norm, stop_early, output_fmt, intermediates_only)
-
-    def prune_intermediate_layers(
-            self,
-            indices: Union[int, List[int]] = 1,
-            prune_norm: bool = False,
-            prune_head: bool = True,
-    ) -> List[int]:
-        """Remove the layers that the given features do not need. As timm's ResNetV2."""
-        take_indices, _ = feature_take_indices(NUM_FEATURES, indices)
-        return super().prune_intermediate_layers(take_indices, prune_norm, prune_head)
 
 
 def _at_cifar_strides(feature_info: List[Dict[str, Any]]) -> List[Dict[str, Any]]:
