@@ -9,10 +9,12 @@ import torch.nn as nn
 from timm.data import resolve_data_config
 from timm.layers import SEModule
 from timm.models import group_parameters
+from training_runs import arguments, run_here
 
 import timm_dense2net  # noqa: F401
 from timm_dense2net.counts import count_macs, count_params
 from timm_dense2net.table import TABLE, main
+from timm_dense2net.trained import load_trained
 
 MODELS = timm.list_models(module='resnet_cifar')
 # Thin models with one of each kind of block, for what must really be computed.
@@ -226,3 +228,11 @@ def test_weights_start_as_timm_starts_them(name):
 def test_macs_of_a_published_figure():
     """Wide ResNet-28-10 has 5.2 G multiply-accumulates by its paper (table 6's FLOPs)."""
     assert round(count_macs(create('wide_resnet28_10', device='meta'), (3, 32, 32)) / 1e9, 1) == 5.2
+
+
+@pytest.mark.parametrize('name', ['seres2next29_6x24d_4s', 'pyramidnet164_a84'])
+def test_trains_with_the_trainer(name, tmp_path):
+    kwargs = [f'{key}={value}' for key, value in THIN[name].items()]
+    assert run_here(arguments(tmp_path, '--model', name, '--epochs', 1, '--drop', 0, '--model-kwargs', *kwargs)) == 0
+    trained = load_trained(checkpoint=tmp_path / 'run')
+    assert count_params(trained.model) == json.loads((tmp_path / 'run' / 'result.json').read_text())['params']
