@@ -97,20 +97,18 @@ def measure(mode: str, names: List[str], batch: int, img_size: int, rounds: int)
 
 
 def markdown(rows: List[Dict[str, Any]], rounds: int) -> str:
-    modes = list(dict.fromkeys(r['mode'] for r in rows))
     batch, size = rows[0]['batch'], rows[0]['img_size']
-    header = ['model', 'parameters (M)', 'MACs (M)']
-    header += [f'{MODES[mode]}: {what}' for mode in modes for what in ('ms', 'ratio', 'images/s', 'peak MiB')]
     lines = [
         f'Batches of {batch} images, {size}x{size}, float32, 100 classes, on {machine()}, torch {torch.__version__}; '
         f'medians of {rounds} interleaved rounds.',
-        '', f'| {" | ".join(header)} |', f'|---|{"--:|" * (len(header) - 1)}']
-    for name in dict.fromkeys(r['model'] for r in rows):
-        own = [r for r in rows if r['model'] == name]
-        cells = [f'`{name}`', f'{own[0]["params"] / 1e6:.2f}', f'{own[0]["macs"] / 1e6:,.0f}']
-        for r in own:
-            cells += [f'{r["ms"]:.0f}', f'{r["ratio"]:.2f}', f'{r["images_per_s"]:.1f}', f'{r["peak_mb"]:.0f}']
-        lines.append(f'| {" | ".join(cells)} |')
+        '',
+        '| model | parameters (M) | MACs (M) | step | ms | times the first model\'s | images/s | peak MiB |',
+        '|---|--:|--:|---|--:|--:|--:|--:|',
+    ]
+    for r in rows:
+        lines.append(
+            f'| `{r["model"]}` | {r["params"] / 1e6:.2f} | {r["macs"] / 1e6:,.0f} | {MODES[r["mode"]]} | {r["ms"]:.0f} '
+            f'| {r["ratio"]:.2f} | {r["images_per_s"]:.1f} | {r["peak_mb"]:.0f} |')
     return '\n'.join(lines) + '\n'
 
 
