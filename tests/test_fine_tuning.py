@@ -1,5 +1,10 @@
 """Fine-tuning on an image folder of other classes and sizes, from packaged weights and from files of weights."""
+import csv
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -7,7 +12,7 @@ import timm
 import torch
 import yaml
 from PIL import Image, ImageDraw
-from training_runs import assert_same_run, finish, read_state, run_here, start
+from training_runs import ROOT, assert_same_run, finish, read_state, run_here, start
 
 from timm_dense2net.checkpoint import load_weights, save_weights
 from timm_dense2net.packaged import packaged_file
@@ -17,6 +22,12 @@ from timm_dense2net.trained import load_trained
 MODEL = 'dense2net40_k12_s4'
 PACKAGED = packaged_file(f'{MODEL}.quick_c100')
 SHAPES = ('cross', 'disc', 'frame', 'ring', 'up')
+
+# timm's scripts are in neither its wheel nor its sdist, and the tests fetch nothing.
+TIMM_TRAIN_SCRIPT = os.environ.get('TIMM_TRAIN_SCRIPT')
+needs_timm_scripts = pytest.mark.skipif(not TIMM_TRAIN_SCRIPT, reason=(
+    "TIMM_TRAIN_SCRIPT is not set: clone github.com/huggingface/pytorch-image-models and set it to that folder's "
+    'train.py'))
 
 
 def draw_shape(shape, rng, size):
@@ -96,6 +107,81 @@ def test_packaged_weights_beat_a_start_from_nothing(runs):
     params = {json.loads((run / 'result.json').read_text())['params'] for run in runs.values()}
     assert len(params) == 1
     assert min(top1['tuned'], top1['decayed'], top1['frozen']) >= top1['scratch'] + 10., top1
+
+
+def run_script(log, *words):
+    """Starts Python on one thread with this package to be found, its output going to the file `log`."""
+    paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get('PYTHONPATH')]))
+    with open(log, 'w') as f:
+        return subprocess.Popen(
+            [sys.executable, *map(str, words)], stdout=f, stderr=subprocess.STDOUT,
+            env=dict(os.environ, PYTHONPATH=paths, OMP_NUM_THREADS='1'))
+
+
+def finish_scripts(scripts, seconds=900):
+    """Waits for processes, given by log; none may fail, and none is left behind."""
+    try:
+        for log, process in scripts.items():
+            assert process.wait(seconds) == 0, log.read_text()
+    finally:
+        for process in scripts.values():
+            process.kill()
+            process.wait()
+
+
+@pytest.fixture(scope='module')
+def timm_runs(tmp_path_factory, shapes):
+    """Runs of equal budget of timm's own train.py, side by side: from nothing, and from packaged weights."""
+    root = tmp_path_factory.mktemp('timm_runs')
+    common = [
+        '--model', MODEL, '--num-classes', '5', '--img-size', '32', '--device', 'cpu', '-j', '0', '--epochs', '5', '-b',
+        '10', '--lr', '0.05', '--warmup-epochs', '0', '--sched-on-updates', '--scale', '0.6', '1', '--hflip', '0',
+        '--checkpoint-hist', '1', '--output', root]
+    decay = ['--pretrained', '--layer-decay', '0.9']
+    with_models = ['-m', 'timm_dense2net', TIMM_TRAIN_SCRIPT, shapes]
+    by_module = [TIMM_TRAIN_SCRIPT, '--device-modules', 'timm_dense2net', '--data-dir', shapes]
+    ways = dict(
+        scratch=with_models,
+        tuned=[*with_models, '--pretrained'],
+        decayed=[*with_models, *decay],
+        from_file=[*by_module, *decay, '--pretrained-path', PACKAGED])
+    logs = {name: root / f'{name}.log' for name in ways}
+    finish_scripts({
+        logs[name]: run_script(logs[name], *words, *common, '--experiment', name) for name, words in ways.items()})
+    return {name: root / name for name in ways}
+
+
+def timm_summary(run):
+    """The rows of summary.csv of timm's train.py, an epoch a row."""
+    with open(run / 'summary.csv', newline='') as f:
+        return [{key: float(value) for key, value in row.items()} for row in csv.DictReader(f)]
+
+
+@needs_timm_scripts
+def test_packaged_weights_beat_a_start_from_nothing_in_timms_train_script(timm_runs):
+    summaries = {name: timm_summary(run) for name, run in timm_runs.items()}
+    top1 = {name: rows[-1]['eval_top1'] for name, rows in summaries.items()}
+    print(top1)
+    assert {len(rows) for rows in summaries.values()} == {5}
+    assert min(top1['tuned'], top1['decayed']) >= top1['scratch'] + 10., top1
+    assert summaries['from_file'] == summaries['decayed']
+    # The mean over the optimizer's groups, which layer decay makes smaller.
+    rate = {name: rows[0]['lr'] for name, rows in summaries.items()}
+    assert rate['decayed'] < rate['tuned'] == rate['scratch']
+
+
+@needs_timm_scripts
+def test_timms_validate_script_finds_what_its_train_script_saw(timm_runs, shapes, tmp_path):
+    """In the form for inference too; it lies beside train.py."""
+    script = Path(TIMM_TRAIN_SCRIPT).with_name('validate.py')
+    words = [
+        '-m', 'timm_dense2net', script, shapes, '--model', MODEL, '--num-classes', '5', '--img-size', '32', '--device',
+        'cpu', '-j', '0', '-b', '50', '--checkpoint', timm_runs['decayed'] / 'last.pth.tar']
+    plain, fused = tmp_path / 'plain.log', tmp_path / 'fused.log'
+    finish_scripts({plain: run_script(plain, *words), fused: run_script(fused, *words, '--reparam')})
+    expected = timm_summary(timm_runs['decayed'])[-1]['eval_top1']
+    for log in (plain, fused):
+        assert json.loads(log.read_text().split('--result')[1])['top1'] == expected, log.read_text()
 
 
 def test_frozen_stages_stay_as_they_are(runs):
