@@ -39,7 +39,8 @@ NOT_RUN = {
     r'python -m pytest': 'it is what runs this',
     r'torchrun .*train_cifar\.py ': 'test_distributed.py starts torchrun; its arguments are parsed',
     r'python train\.py |python -m timm_dense2net (train|validate)\.py |torchrun .* -m timm_dense2net train\.py ':
-        "timm's scripts are not in its wheel; the model it names is looked up, test_entry_points.py runs such scripts",
+        "timm's scripts are not in its wheel; the model it names is looked up, test_entry_points.py runs such scripts, "
+        "and test_fine_tuning.py timm's own where TIMM_TRAIN_SCRIPT is set",
     r'python benchmarks/': 'it measures the machine for minutes; its options are parsed',
     r'python -m timm_dense2net demo': 'it serves until it is stopped, test_demo.py opens it; its options are parsed',
     r'python -m timm_dense2net publish .* --push': 'it needs the Hub, test_publish.py stands one in',
