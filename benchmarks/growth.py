@@ -11,7 +11,6 @@ import copy
 import csv
 import multiprocessing
 import os
-import resource
 import statistics
 import time
 from pathlib import Path
@@ -24,6 +23,7 @@ from timm.utils import reparameterize_model
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
+from memory import peak_mb_of
 from timm_dense2net.dense2net import Dense2Net
 
 DEVICE = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
@@ -69,18 +69,10 @@ def run_point(mode: str, batch: int, size: int, kwargs: Dict[str, Any], calls: i
             torch.cuda.synchronize()
         return time.perf_counter() - start
 
-    if DEVICE.type == 'cuda':
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        step()
-        peak = torch.cuda.max_memory_allocated() - before
-    else:
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        step()
-        peak = 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+    peak_mb = peak_mb_of(step)
     seconds = statistics.median(step() for _ in range(calls))
     return dict(
-        gflop=gflop, ms=1e3 * seconds, images_per_s=batch / seconds, gflop_per_s=gflop / seconds, peak_mb=peak / 2**20)
+        gflop=gflop, ms=1e3 * seconds, images_per_s=batch / seconds, gflop_per_s=gflop / seconds, peak_mb=peak_mb)
 
 
 def point_in_process(*args: Any) -> Optional[Dict[str, float]]:

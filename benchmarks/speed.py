@@ -12,7 +12,6 @@ import csv
 import json
 import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -29,6 +28,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import timm_dense2net  # noqa: F401
+from memory import peak_mb_of
 from reference import PlainDense2Net
 
 DEVICE = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
@@ -112,16 +112,9 @@ def seconds(step: Callable[[], Any]) -> float:
 def probe(name: str, mode: str, batch: int, scale: int) -> Dict[str, float]:
     """First-call time, and peak memory above that of the process with the network and its batch in it."""
     model, step = step_of(name, mode, batch, scale)
-    if DEVICE.type == 'cuda':
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        first = seconds(step)
-        peak = torch.cuda.max_memory_allocated() - before
-    else:
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        first = seconds(step)
-        peak = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
-    return dict(first_call_s=first, peak_mb=peak / 2**20)
+    times = []
+    peak_mb = peak_mb_of(lambda: times.append(seconds(step)))
+    return dict(first_call_s=times[0], peak_mb=peak_mb)
 
 
 def probe_in_process(name: str, mode: str, batch: int, scale: int) -> Dict[str, float]:

@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from timm.models import is_model
 from tqdm import tqdm
 
+from memory import peak_mb_of
 from speed import DEVICE, machine, seconds
 from timm_dense2net.counts import count_macs, count_params
 from timm_dense2net.results import new_figure, replace_file, save_figure, write_csv
@@ -54,23 +55,7 @@ def step_of(name: str, mode: str, batch: int, img_size: int) -> Callable[[], Any
 
 def peak_mb(name: str, mode: str, batch: int, img_size: int) -> float:
     """Peak memory of the first call above that before it, in MiB."""
-    step = step_of(name, mode, batch, img_size)
-    if DEVICE.type == 'cuda':
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        step()
-        return (torch.cuda.max_memory_allocated() - before) / 2**20
-    # getrusage's peak would begin with that of the process which started this one.
-    Path('/proc/self/clear_refs').write_text('5')
-    before = resident_mb('VmRSS')
-    step()
-    return resident_mb('VmHWM') - before
-
-
-def resident_mb(field: str) -> float:
-    """This process's resident memory, VmRSS now or VmHWM at its peak, in MiB."""
-    lines = Path('/proc/self/status').read_text().splitlines()
-    return int(next(line for line in lines if line.startswith(field)).split()[1]) / 2**10
+    return peak_mb_of(step_of(name, mode, batch, img_size))
 
 
 def peak_mb_in_process(*args: Any) -> float:
