@@ -25,6 +25,7 @@ from timm_dense2net.dense2net import SplitHierarchyConv2d  # noqa: E402
 from timm_dense2net.options import parse_args  # noqa: E402
 from timm_dense2net.search import (  # noqa: E402
     SearchSpace, ValidSampler, Worker, draw_plots, main, open_study, trial_args, write_best, write_trials)
+from timm_dense2net.trainer import Interrupted  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings('ignore::optuna.exceptions.ExperimentalWarning')
 
@@ -196,6 +197,22 @@ def test_worker_that_was_taken_for_dead(tmp_path, reports):
     assert study.trials[1].params == study.trials[0].params
 
 
+class LateSignal(Worker):
+    """A signal comes when its first trial has looked for one for the last time."""
+
+    def _train(self, trial, args):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return 50.
+
+
+def test_signal_at_a_trials_end_is_heeded(tmp_path):
+    space, base = SearchSpace(), base_args('--output', str(tmp_path))
+    study = open_study('study', f'sqlite:///{tmp_path}/study.db', space, epochs=3)
+    with pytest.raises(Interrupted):
+        LateSignal(study, base, space, tmp_path, None, None).run(9)
+    assert [t.state for t in study.trials] == [TrialState.COMPLETE]
+
+
 def test_stop_and_go_on(tmp_path, start):
     """A stopped worker's trial is given out again and goes on at the batch where it was stopped."""
     args = ('--trials', '1', '--epochs', '12')
@@ -298,11 +315,10 @@ def test_several_workers_one_of_them_killed(database, tmp_path, request):
         assert any(again in trials_of(worker) for worker in workers)
         assert again.params.items() >= victim.params.items()
         assert study.get_trials()[victim.number].state == TrialState.FAIL
-        for worker in workers:
+        for worker in workers:  # whatever they are at, in a trial or between two
             worker.terminate()
         for worker in workers:
-            # Ended by the signal itself between two trials.
-            assert training_runs.finish(worker) in (128 + signal.SIGTERM, -signal.SIGTERM)
+            assert training_runs.finish(worker) == 128 + signal.SIGTERM
     finally:
         for worker in workers:
             worker.kill()

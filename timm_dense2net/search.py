@@ -33,7 +33,7 @@ from .distributed import Processes, start_processes
 from .options import build_parser, check_args, parse_args, saved_args
 from .results import replace_file, save_figure, write_csv
 from .runs import RunFolder, read_resumed_state
-from .trainer import Interrupted, Trainer, TrainingError
+from .trainer import Interrupted, StopSignal, Trainer, TrainingError
 
 try:
     import optuna
@@ -239,15 +239,17 @@ class Worker:
         self.study, self.args, self.space, self.folder = study, args, space, folder
         self.data, self.processes = data, processes
         self._number = -1  # of the trial at hand
+        self._stop = StopSignal()
 
     def run(self, target: int) -> None:
         """Works until `target` trials of the study are finished, by whichever worker.
 
         Raises:
-            Interrupted: After SIGTERM or SIGINT; the trial at hand is given out again.
+            Interrupted: After SIGTERM or SIGINT; a trial at hand is given out again.
             TrainingError: If a file cannot be written.
         """
-        with tqdm(total=target, initial=min(_finished(self.study), target), desc='trials', unit='trial') as bar:
+        finished = min(_finished(self.study), target)
+        with self._stop, tqdm(total=target, initial=finished, desc='trials', unit='trial') as bar:
             while bar.n < target:
                 try:
                     self.study.optimize(self._objective, n_trials=1)
@@ -261,6 +263,8 @@ class Worker:
                     raise
                 write_best(self.study, self.args, self.space, self.folder)
                 bar.update(min(_finished(self.study), target) - bar.n)
+                if self._stop.signum:  # it came too late for the trial to heed it
+                    raise Interrupted(self._stop.signum)
 
     def _given_out_again(self) -> bool:
         trials = self.study.get_trials(deepcopy=False)
@@ -295,7 +299,7 @@ class Worker:
             args, model, build_loader(args, self.data.train, self.data, self.processes, train=True),
             build_loader(args, self.data.validation, self.data, self.processes), folder,
             weights_metadata(args, self.data, model), self.processes)
-        trainer.trial = trial
+        trainer.trial, trainer.stop = trial, self._stop
         if state is not None:
             trainer.load_state_dict(state)
         try:
@@ -447,7 +451,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         search(args, train_args)
     except Interrupted as e:
-        print(f'{e}: the trial is given out again, the same command goes on', file=sys.stderr)
+        print(f'{e}: a trial at hand is given out again, the same command goes on', file=sys.stderr)
         return 128 + e.signum
     except KeyboardInterrupt:
         print('interrupted', file=sys.stderr)

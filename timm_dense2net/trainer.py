@@ -54,19 +54,22 @@ class Interrupted(Exception):
 
 
 class StopSignal:
-    """Notes SIGTERM and SIGINT so that the loop can end between two steps. A second SIGINT acts at once."""
+    """Notes SIGTERM and SIGINT so that the loop can end between two steps. A second SIGINT acts at once.
+
+    It can be entered again within itself, by a loop of runs and by each of them.
+    """
 
     def __init__(self):
         self.signum = 0
-        self._previous = {}
+        self._previous = []
 
     def __enter__(self) -> StopSignal:
-        for signum in (signal.SIGTERM, signal.SIGINT):
-            self._previous[signum] = signal.signal(signum, self._note)
+        self._previous.append(
+            {signum: signal.signal(signum, self._note) for signum in (signal.SIGTERM, signal.SIGINT)})
         return self
 
     def __exit__(self, *_) -> None:
-        for signum, handler in self._previous.items():
+        for signum, handler in self._previous.pop().items():
             signal.signal(signum, handler)
 
     def _note(self, signum: int, _frame) -> None:
@@ -117,7 +120,7 @@ class Trainer:
         self.epochs_without_gain = 0
         self.seconds = dict(total=0., train=0., epoch=0., epoch_train=0.)
         self._clock = time.perf_counter()
-        self._stop = StopSignal()
+        self.stop = StopSignal()
 
     def _build(self) -> None:
         args, model = self.args, self.model
@@ -182,7 +185,7 @@ class Trainer:
             TrainingError: If the loss is not finite or a file cannot be written; the last good state is kept.
         """
         try:
-            with self._stop:
+            with self.stop:
                 self._fit()
         except OSError as e:
             raise TrainingError(
@@ -241,12 +244,12 @@ class Trainer:
             self._stop_if_asked()
         elif self._reads_back(first):
             # All must stop at the same step, whichever of them the signal reached.
-            self._stop.signum = self.processes.max(self._stop.signum)
+            self.stop.signum = self.processes.max(self.stop.signum)
             self._stop_if_asked()
 
     def _stop_if_asked(self) -> None:
-        if self._stop.signum:
-            raise Interrupted(self._stop.signum)
+        if self.stop.signum:
+            raise Interrupted(self.stop.signum)
 
     def _check_loss(self) -> float:
         """The loss of the last batch; reading it waits for the device.
