@@ -32,6 +32,7 @@ from timm.models._manipulate import MATCH_PREV_GROUP
 from .fused import (
     FusedDenseBlock, FusedDenseTransition, FusedFeatures, FusedSplitHierarchyConv2d, is_fusable)
 from .packaged import check_pretrained, packaged_file
+from .training_form import block_in_training, has_training_form, transition_in_training
 
 __all__ = ['Dense2Net', 'SplitHierarchyConv2d']
 
@@ -257,6 +258,9 @@ class DenseBlock(nn.ModuleDict):
                 in_chs + i * growth_rate, growth_rate, drop_path=drop_path[i], **layer_kwargs))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not torch.jit.is_scripting():
+            if has_training_form(self, x):
+                return block_in_training(self, x)
         features = [x]
         for layer in self.values():
             features.append(layer(features))
@@ -279,6 +283,12 @@ class DenseTransition(nn.Sequential):
             ('conv', create_conv2d(in_chs, out_chs, 1, **dd)),
             ('pool', nn.AvgPool2d(kernel_size=2, stride=2)),
         ]))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not torch.jit.is_scripting():
+            if has_training_form(self, x):
+                return transition_in_training(self, x)
+        return self.pool(self.conv(self.norm(x)))
 
     @torch.jit.ignore
     def fuse(self) -> nn.Module:
