@@ -19,7 +19,8 @@ the loss is, where d is that of y where y > 0 and 0 elsewhere, s = sum(d) and t 
 The first term of dx is added up over all layers that read x in one matrix, and dm and dv in one vector each. The other
 two follow once, when these sums are complete: in the backward pass of what made x.
 """
-from typing import Any, Iterator, List, NamedTuple, Sequence, Tuple
+import math
+from typing import Any, Iterator, List, Sequence, Tuple
 
 import torch
 import torch.nn as nn
@@ -63,52 +64,44 @@ def _is_covered(module: nn.Module, dtype: torch.dtype) -> bool:
     return True
 
 
-class _Norm(NamedTuple):
-    """Batch norm with ReLU: statistics of a batch, and parameters (C,)."""
-    mean: torch.Tensor
-    var: torch.Tensor
-    weight: torch.Tensor
-    bias: torch.Tensor
-    eps: float
+class _Norm:
+    """Batch norm with ReLU of one batch.
 
-    @property
-    def invstd(self) -> torch.Tensor:
-        return (self.var + self.eps).rsqrt()
+    Args:
+        mean: Mean of each channel (C,).
+        var: Biased variance (C,).
+        weight: Weight (C,).
+        bias: Bias (C,).
+        eps: Added to the variance.
+    """
+
+    def __init__(
+            self, mean: torch.Tensor, var: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float) -> None:
+        self.mean, self.var, self.weight, self.eps = mean, var, weight, eps
+        self.invstd = (var + eps).rsqrt()
+        self.scale = weight * self.invstd
+        self.shift = torch.addcmul(bias, mean, self.scale, value=-1)
 
     def forward(self, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
         """relu(norm(x)) of (..., C)."""
-        scale = self.weight * self.invstd
-        return torch.addcmul(self.bias - self.mean * scale, x, scale, out=out).clamp_min_(0)
+        return torch.addcmul(self.shift, x, self.scale, out=out).clamp_min_(0)
 
     def backward(self, dy: torch.Tensor, y: torch.Tensor, x: torch.Tensor) -> Tuple[torch.Tensor, ...]:
-        """Gradients of x, weight and bias from that of y, whose memory is used; x is dense, the statistics are its own."""
-        dy = _relu_backward_(dy, y)
+        """Gradients of x, weight and bias from that of y, all (N, H, W, C); overwrites dy. The statistics are of x."""
+        dx, *daffine = self._backward(_as_maps(_relu_backward_(dy, y)), _as_maps(x), [True, True, True])
+        return dx.permute(0, 2, 3, 1), *daffine
+
+    def parameter_gradients(self, dy: torch.Tensor, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """Gradients (2, C) of weight and bias from a part (pixels, C) of x; makes of dy the gradient of norm(x)."""
+        return torch.stack(self._backward(_relu_backward_(dy, y), x, [False, True, True])[1:])
+
+    def _backward(self, dy: torch.Tensor, x: torch.Tensor, mask: List[bool]) -> Tuple[torch.Tensor, ...]:
         return torch.ops.aten.native_batch_norm_backward(
-            _as_maps(dy), _as_maps(x), self.weight, None, None, self.mean, self.invstd, True, self.eps, [True] * 3)
+            dy, x, self.weight, None, None, self.mean, self.invstd, True, self.eps, mask)
 
-
-class _SharedNorm:
-    """Backward of a norm with ReLU whose statistics other norms share, over parts of its input."""
-
-    def __init__(self, norm: _Norm) -> None:
-        self.norm = norm
-        self.scale = norm.weight * norm.invstd
-        self.sums = norm.mean.new_zeros((2, len(norm.mean)))
-
-    def add_part(self, dy: torch.Tensor, y: torch.Tensor, x: torch.Tensor, dx: torch.Tensor) -> None:
-        """Add the gradient of a part of x that does not go through the statistics to dx, all (pixels, C)."""
-        _relu_backward_(dy, y)
-        self.sums[0] += dy.sum(0, dtype=self.sums.dtype)
-        self.sums[1] += torch.sub(x, self.norm.mean).mul_(dy).sum(0)
-        dx.addcmul_(dy, self.scale.to(dx.dtype))
-
-    def parameter_gradients(self) -> Tuple[torch.Tensor, torch.Tensor]:
-        """Gradients of weight and bias, after the last part."""
-        return self.sums[1] * self.norm.invstd, self.sums[0]
-
-    def stats_gradient(self) -> torch.Tensor:
-        """Gradients (2, C) of mean and variance, after the last part."""
-        return torch.stack([-self.scale * self.sums[0], -0.5 * self.scale * self.norm.invstd ** 2 * self.sums[1]])
+    def stats_gradient(self, dweight: torch.Tensor, dbias: torch.Tensor) -> torch.Tensor:
+        """Gradients (2, C) of mean and variance, from those of weight and bias."""
+        return torch.stack([-self.scale * dbias, -0.5 * self.scale * self.invstd * dweight])
 
 
 def _relu_backward_(dy: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -127,15 +120,20 @@ def _as_pixels(x: torch.Tensor) -> torch.Tensor:
 
 def _batch_stats(x: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
     """Mean and biased variance (C,) of (N, C, H, W), in float32 or float64."""
-    running = x.new_zeros((2, x.shape[1]), dtype=torch.promote_types(x.dtype, torch.float32))
-    return torch.batch_norm_update_stats(x, running[0], running[1], 0.)
+    running = None
+    if x.dtype.itemsize < 4:  # the statistics have the dtype of the running ones
+        running = x.new_zeros(x.shape[1], dtype=torch.float32)
+    return torch.batch_norm_update_stats(x, running, running, 0.)
 
 
 def _add_stats_gradient_(
         dx: torch.Tensor, x: torch.Tensor, mean: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
     """Add to dx (pixels, C) what the gradients (2, C) of mean and variance of x bring."""
     dmean, dvar = gradient / x.shape[0]
-    return dx.add_(torch.addcmul(dmean, x - mean, 2. * dvar))
+    scale = 2. * dvar
+    for part in _parts(x, *x.shape):
+        dx[part] += torch.addcmul(dmean, x[part] - mean, scale)
+    return dx
 
 
 def _update_running_stats(norm: BatchNormAct2d, mean: torch.Tensor, var: torch.Tensor, count: int) -> None:
@@ -167,15 +165,19 @@ class _Buffers:
 
     def __init__(self, x: torch.Tensor, channels: int) -> None:
         self.size = (x.shape[0], *x.shape[2:])
-        self.pixels = x.numel() // x.shape[1]
-        self.features = x.new_empty((self.pixels, channels))
+        self.features = x.new_empty((x.numel() // x.shape[1], channels))
         self.stats = x.new_empty((2, channels), dtype=torch.promote_types(x.dtype, torch.float32))
         self._scratch = {}
 
-    def scratch(self, name: str, splits: int, width: int) -> torch.Tensor:
+    def write(self, channels: slice, maps: torch.Tensor) -> None:
+        # Around autograd's count of writes: nothing in the graph has read these channels.
+        self.features.data[:, channels] = _as_pixels(maps)
+        self.stats[0, channels], self.stats[1, channels] = _batch_stats(maps)
+
+    def scratch(self, name: str, splits: int, width: int, like: torch.Tensor) -> torch.Tensor:
         """A buffer (splits, N, H, W, width) that one layer after another writes."""
         if name not in self._scratch:
-            self._scratch[name] = self.features.new_empty((splits, *self.size, width))
+            self._scratch[name] = like.new_empty((splits, *self.size, width))
         return self._scratch[name]
 
     def free_scratch(self) -> None:
@@ -190,18 +192,28 @@ class _AddFeatures(Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, buffers: _Buffers, start: int, maps: torch.Tensor, features: torch.Tensor, stats: torch.Tensor):
+    def forward(
+            ctx: Any,
+            buffers: _Buffers,
+            start: int,
+            maps: torch.Tensor,
+            features: torch.Tensor,
+            stats: torch.Tensor,
+    ) -> Tuple[torch.Tensor, torch.Tensor]:
         ctx.buffers, ctx.channels = buffers, slice(start, start + maps.shape[1])
-        buffers.features[:, ctx.channels] = _as_pixels(maps)
-        buffers.stats[0, ctx.channels], buffers.stats[1, ctx.channels] = _batch_stats(maps)
-        return buffers.features.detach(), buffers.stats.detach()
+        buffers.write(ctx.channels, maps)
+        ctx.save_for_backward(features)
+        return features, stats
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dfeatures: torch.Tensor, dstats: torch.Tensor):
-        x = ctx.buffers.features[:, ctx.channels]
+        features, = ctx.saved_tensors
         dmaps = _add_stats_gradient_(
-            dfeatures[:, ctx.channels].clone(), x, ctx.buffers.stats[0, ctx.channels], dstats[:, ctx.channels])
+            dfeatures[:, ctx.channels].clone(),
+            features[:, ctx.channels],
+            ctx.buffers.stats[0, ctx.channels],
+            dstats[:, ctx.channels])
         if ctx.channels.start == 0:
             ctx.buffers.free_scratch()
         return None, None, _as_maps(dmaps.view(*ctx.buffers.size, -1)), dfeatures, dstats
@@ -212,19 +224,16 @@ class _Output(Function):
 
     @staticmethod
     def forward(ctx: Any, buffers: _Buffers, features: torch.Tensor, stats: torch.Tensor) -> torch.Tensor:
-        buffers.free_scratch()
-        output = _as_maps(buffers.features.view(*buffers.size, -1))
         ctx.buffers = buffers
-        ctx.save_for_backward(output)  # so that autograd raises if the features were changed in place
-        return output
+        buffers.free_scratch()
+        buffers.features = None  # kept by the graph alone from here on
+        return _as_maps(features.detach().view(*buffers.size, -1))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, doutput: torch.Tensor):
-        ctx.saved_tensors
-        dfeatures = torch.empty_like(ctx.buffers.features)
-        dfeatures.view(*ctx.buffers.size, -1).copy_(doutput.permute(0, 2, 3, 1))
-        return None, dfeatures, torch.zeros_like(ctx.buffers.stats)
+        dfeatures = torch.empty_like(doutput, memory_format=torch.channels_last).copy_(doutput)
+        return None, _as_pixels(dfeatures), torch.zeros_like(ctx.buffers.stats)
 
 
 def _layer_parameters(layer: nn.Module) -> List[nn.Parameter]:
@@ -237,150 +246,175 @@ def _layer_parameters(layer: nn.Module) -> List[nn.Parameter]:
 
 
 class _LayerPass:
-    """One dense layer up to its last convolution, on a block's buffers.
+    """One pass through a dense layer up to its last convolution.
+
+    Big tensors are left to autograd: ``forward`` returns what ``backward`` needs of them.
 
     Args:
         layer: The layer.
-        buffers: Buffers whose first channels are its input.
+        buffers: Buffers of the block.
         parameters: What ``_layer_parameters`` returns.
+        dtype: Dtype of the features.
     """
 
-    def __init__(self, layer: nn.Module, buffers: _Buffers, parameters: Sequence[torch.Tensor]) -> None:
+    def __init__(
+            self, layer: nn.Module, buffers: _Buffers, parameters: Sequence[torch.Tensor], dtype: torch.dtype) -> None:
         self.layer, self.buffers = layer, buffers
-        self.x = buffers.features[:, :layer.conv1.in_channels]
+        self.in_chs = layer.conv1.in_channels
         self.has_hierarchy = not isinstance(layer.conv2, nn.Conv2d)
         self.splits = layer.conv2.scale if self.has_hierarchy else 1
         self.width = layer.conv1.out_channels // self.splits
         weight, bias, conv1, weight2, bias2, *rest = parameters
-        self.norm1 = _Norm(*buffers.stats[:, :layer.conv1.in_channels], weight, bias, layer.norm1.eps)
-        self.conv1 = conv1.flatten(1).to(self.x.dtype)
-        self.affine2 = list(zip(weight2.split(self.width), bias2.split(self.width)))
+        self.norm1 = _Norm(*buffers.stats[:, :self.in_chs], weight, bias, layer.norm1.eps)
+        self.conv1 = conv1.flatten(1).to(dtype)
+        self.affines2 = list(zip(weight2.split(self.width), bias2.split(self.width)))
         if self.has_hierarchy:
-            self.conv3 = rest.pop().flatten(1).to(self.x.dtype)
-        self.convs = [w.to(self.x.dtype, memory_format=torch.channels_last) for w in rest[::3]]
+            self.conv3 = rest.pop().flatten(1).to(dtype)
+        self.convs = [w.to(dtype, memory_format=torch.channels_last) for w in rest[::3]]
         self.affines = list(zip(rest[1::3], rest[2::3]))
 
-    def _scratch(self, name: str) -> torch.Tensor:
-        return self.buffers.scratch(name, self.splits, self.width)
+    def forward(self, features: torch.Tensor) -> Tuple[torch.Tensor, List[torch.Tensor]]:
+        """Output (N, C, H, W) of the last convolution; outputs of conv1 and of the hierarchy's convolutions."""
+        bottleneck = self._bottleneck(features[:, :self.in_chs])
+        self.norms2 = [
+            _Norm(*_batch_stats(_as_maps(x)), *affine, self.layer.norm2.eps)
+            for x, affine in zip(bottleneck, self.affines2)]
+        ys = self._scratch('y', bottleneck).unbind()
+        for norm, x, y in zip(self.norms2, bottleneck, ys):
+            norm.forward(x, y)
+        outputs, self.norms = [], []
+        for i, affine in enumerate(self.affines):
+            z = self._conv(i, ys[i + 1].add_(ys[i]))
+            norm = _Norm(*_batch_stats(_as_maps(z)), *affine, self.layer.conv2.norms[i].eps)
+            norm.forward(z, ys[i + 1])
+            outputs.append(z)
+            self.norms.append(norm)
+        new = self._conv3(ys) if self.has_hierarchy else self._conv(0, ys[0])
+        return _as_maps(new), [bottleneck, *outputs]
+
+    def _scratch(self, name: str, like: torch.Tensor) -> torch.Tensor:
+        return self.buffers.scratch(name, self.splits, self.width, like)
+
+    def _bottleneck(self, features: torch.Tensor) -> torch.Tensor:
+        """Output of conv1 (splits, N, H, W, width)."""
+        out = features.new_empty((self.splits, len(features), self.width))
+        for part in _parts(features, *features.shape):
+            x = features[part]
+            y = self.norm1.forward(x, x.new_empty(x.shape))
+            out[:, part] = self._split(y @ self.conv1.t())
+        return out.view(self.splits, *self.buffers.size, self.width)
+
+    def _split(self, x: torch.Tensor) -> torch.Tensor:
+        """(splits, pixels, width) of (pixels, splits * width)."""
+        return x.view(-1, self.splits, self.width).transpose(0, 1)
 
     def _conv_args(self, i: int) -> Tuple[Any, ...]:
         conv = self.layer.conv2.convs[i] if self.has_hierarchy else self.layer.conv2
-        return [1, 1], conv.padding, conv.dilation, False, [0, 0], conv.groups
+        return None, conv.stride, conv.padding, conv.dilation, False, [0, 0], conv.groups
 
-    def forward(self) -> torch.Tensor:
-        """Output (N, C, H, W) of the last convolution. Keeps what ``backward`` needs."""
-        self.maps = self._bottleneck()
-        self.norms2 = [
-            _Norm(*_batch_stats(_as_maps(x)), *affine, self.layer.norm2.eps)
-            for x, affine in zip(self.maps, self.affine2)]
-        self.outputs, self.norms = [], []
-        y = self._scratch('y')
-        for norm, x, out in zip(self.norms2, self.maps, y):
-            norm.forward(x, out)
-        for i, affine in enumerate(self.affines):
-            z = torch.convolution(_as_maps(y[i + 1].add_(y[i])), self.convs[i], None, *self._conv_args(i))
-            z = z.permute(0, 2, 3, 1).contiguous()
-            norm = _Norm(*_batch_stats(_as_maps(z)), *affine, self.layer.conv2.norms[i].eps)
-            norm.forward(z, y[i + 1])
-            self.outputs.append(z)
-            self.norms.append(norm)
-        if not self.has_hierarchy:
-            return torch.convolution(_as_maps(y[0]), self.convs[0], None, *self._conv_args(0))
-        y = y.flatten(1, 3)
-        new = self.x.new_empty((self.buffers.pixels, len(self.conv3)))
-        for part in _parts(new, len(new), self.splits * self.width):
-            torch.mm(_merge(y, part), self.conv3.t(), out=new[part])
-        return _as_maps(new.view(*self.buffers.size, -1))
+    def _conv(self, i: int, x: torch.Tensor) -> torch.Tensor:
+        """3x3 convolution i of (N, H, W, width)."""
+        return torch.convolution(_as_maps(x), self.convs[i], *self._conv_args(i)).permute(0, 2, 3, 1).contiguous()
 
-    def _bottleneck(self) -> torch.Tensor:
-        """Output of conv1 (splits, N, H, W, width)."""
-        maps = self.x.new_empty((self.splits, self.buffers.pixels, self.width))
-        for part in _parts(self.x, *self.x.shape):
-            x = self.x[part]
-            y = self.norm1.forward(x, torch.empty_like(x, memory_format=torch.contiguous_format))
-            maps[:, part] = (y @ self.conv1.t()).view(len(y), self.splits, self.width).transpose(0, 1)
-        return maps.view(self.splits, *self.buffers.size, self.width)
+    def _conv_backward(self, i: int, dy: torch.Tensor, x: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
+        """Gradients of the input (N, H, W, width) of 3x3 convolution i and of its weight."""
+        _, *args = self._conv_args(i)
+        dx, dweight, _ = torch.ops.aten.convolution_backward(
+            _as_maps(dy), _as_maps(x), self.convs[i], None, *args, [True, True, False])
+        return dx.permute(0, 2, 3, 1).contiguous(), dweight
+
+    def _conv3(self, ys: Sequence[torch.Tensor]) -> torch.Tensor:
+        """conv3 (N, H, W, C) of the hierarchy's output."""
+        pixels = [y.flatten(0, 2) for y in ys]
+        out = ys[0].new_empty((len(pixels[0]), len(self.conv3)))
+        for part in _parts(out, len(out), self.splits * self.width):
+            torch.mm(_merge(pixels, part), self.conv3.t(), out=out[part])
+        return out.view(*self.buffers.size, -1)
 
     def update_running_stats(self) -> None:
-        layer, count = self.layer, self.buffers.pixels
+        layer, count = self.layer, math.prod(self.buffers.size)
         _update_running_stats(layer.norm1, self.norm1.mean, self.norm1.var, count)
-        _update_running_stats(
-            layer.norm2, torch.cat([n.mean for n in self.norms2]), torch.cat([n.var for n in self.norms2]), count)
+        mean, var = (torch.cat(stats) for stats in zip(*((norm.mean, norm.var) for norm in self.norms2)))
+        _update_running_stats(layer.norm2, mean, var, count)
         for module, norm in zip(getattr(layer.conv2, 'norms', []), self.norms):
             _update_running_stats(module, norm.mean, norm.var, count)
 
-    def backward(self, dnew: torch.Tensor, dfeatures: torch.Tensor, dstats: torch.Tensor) -> List[torch.Tensor]:
+    def backward(
+            self,
+            features: torch.Tensor,
+            kept: Sequence[torch.Tensor],
+            dnew: torch.Tensor,
+            dfeatures: torch.Tensor,
+            dstats: torch.Tensor,
+    ) -> List[torch.Tensor]:
         """Add the gradients of features (pixels, C) and stats (2, C) to those given, return the parameters'."""
-        sums, ys = self._activations()
-        dy, dlast = self._last_conv_backward(dnew, sums, ys)
-        dmaps: List[torch.Tensor] = [None] * self.splits
-        daffine2: List[Tuple[torch.Tensor, ...]] = [None] * self.splits
-        dhierarchy: List[torch.Tensor] = []
-        dx = dy[0]
-        for i in reversed(range(len(self.affines))):
-            dz, dweight, dbias = self.norms[i].backward(dy[i + 1], ys[i + 1], self.outputs[i])
-            dx, dconv, _ = torch.ops.aten.convolution_backward(
-                dz, _as_maps(sums[i + 1]), self.convs[i], None, *self._conv_args(i), [True, True, False])
-            dx = dx.permute(0, 2, 3, 1).contiguous()
-            dy[i].add_(dx)
-            x = self.norms2[i + 1].forward(self.maps[i + 1], ys[i + 1])
-            dmaps[i + 1], *daffine2[i + 1] = self.norms2[i + 1].backward(dx, x, self.maps[i + 1])
-            dhierarchy = [dconv, dweight, dbias, *dhierarchy]
-        dmaps[0], *daffine2[0] = self.norms2[0].backward(dy[0], ys[0], self.maps[0])
-        dweight1, dbias1, dconv1 = self._bottleneck_backward(dmaps, dfeatures, dstats)
-        dweight2, dbias2 = (torch.cat(parts) for parts in zip(*daffine2))
-        return [dweight1, dbias1, dconv1[..., None, None], dweight2, dbias2, *dhierarchy, dlast]
+        bottleneck, *outputs = kept
+        sums, ys = self._activations(bottleneck, outputs)
+        dys, dlast = self._last_conv_backward(dnew.permute(0, 2, 3, 1), ys)
+        dxs, daffines2 = [dys[0]], []
+        dhierarchy = []
+        for i in reversed(range(len(outputs))):
+            dz, *daffine = self.norms[i].backward(dys[i + 1], ys[i + 1], outputs[i])
+            dx, dconv = self._conv_backward(i, dz, sums[i + 1])
+            dys[i].add_(dx)
+            dxs.insert(1, dx)
+            dhierarchy = [dconv, *daffine, *dhierarchy]
+        dbottleneck = []
+        for norm, dx, y, x in zip(self.norms2, dxs, ys, bottleneck):
+            dx, *daffine = norm.backward(dx, norm.forward(x, y), x)
+            dbottleneck.append(dx.flatten(0, 2))
+            daffines2.append(daffine)
+        dweight2, dbias2 = (torch.cat(parts) for parts in zip(*daffines2))
+        daffine1, dconv1 = self._bottleneck_backward(
+            features[:, :self.in_chs], dbottleneck, dfeatures[:, :self.in_chs])
+        dstats[:, :self.in_chs] += self.norm1.stats_gradient(*daffine1)
+        return [*daffine1, dconv1[..., None, None], dweight2, dbias2, *dhierarchy, dlast]
 
-    def _activations(self) -> Tuple[torch.Tensor, List[torch.Tensor]]:
-        """Inputs of the hierarchy's convolutions and the outputs y_1 ... y_s, both from 0 on, of (N, H, W, width)."""
-        sums, outputs = self._scratch('sums'), self._scratch('y')
-        for norm, x, out in zip(self.norms2, self.maps, sums):
-            norm.forward(x, out)
-        ys = [sums[0]]
-        for norm, z, u, out in zip(self.norms, self.outputs, sums[1:], outputs[1:]):
-            u.add_(ys[-1])
-            ys.append(norm.forward(z, out))
+    def _activations(
+            self,
+            bottleneck: torch.Tensor,
+            outputs: Sequence[torch.Tensor],
+    ) -> Tuple[Sequence[torch.Tensor], List[torch.Tensor]]:
+        """Inputs of the hierarchy's convolutions, the first of no use, and its outputs, all (N, H, W, width)."""
+        sums, ys = self._scratch('sums', bottleneck).unbind(), self._scratch('y', bottleneck).unbind()
+        self.norms2[0].forward(bottleneck[0], ys[0])
+        for i, (norm, z) in enumerate(zip(self.norms, outputs)):
+            self.norms2[i + 1].forward(bottleneck[i + 1], sums[i + 1]).add_(ys[i])
+            norm.forward(z, ys[i + 1])
         return sums, ys
 
     def _last_conv_backward(
-            self,
-            dnew: torch.Tensor,
-            sums: torch.Tensor,
-            ys: List[torch.Tensor],
-    ) -> Tuple[Sequence[torch.Tensor], torch.Tensor]:
-        """Gradients of the hierarchy's output (splits, N, H, W, width) and of the last convolution's weight."""
+            self, dnew: torch.Tensor, ys: Sequence[torch.Tensor]) -> Tuple[Sequence[torch.Tensor], torch.Tensor]:
+        """Gradients of the hierarchy's output splits (N, H, W, width) and of the last convolution's weight."""
         if not self.has_hierarchy:
-            dx, dconv, _ = torch.ops.aten.convolution_backward(
-                dnew, _as_maps(ys[0]), self.convs[0], None, *self._conv_args(0), [True, True, False])
-            return [dx.permute(0, 2, 3, 1).contiguous()], dconv
-        dnew = _as_pixels(dnew)
-        dy = self._scratch('dy')
-        dy_pixels = dy.flatten(1, 3)
-        y = [y.flatten(0, 2) for y in ys]
+            dy, dconv = self._conv_backward(0, dnew, ys[0])
+            return [dy], dconv
+        dys = self._scratch('dy', ys[0])
+        dnew, dpixels, pixels = dnew.flatten(0, 2), dys.flatten(1, 3), [y.flatten(0, 2) for y in ys]
         dconv = torch.zeros_like(self.conv3, dtype=self.norm1.weight.dtype)
         for part in _parts(dnew, len(dnew), self.splits * self.width):
-            dconv += dnew[part].t() @ _merge(y, part)
-            dy_pixels[:, part] = (dnew[part] @ self.conv3).view(-1, self.splits, self.width).transpose(0, 1)
-        return dy, dconv[..., None, None]
+            dconv += dnew[part].t() @ _merge(pixels, part)
+            dpixels[:, part] = self._split(dnew[part] @ self.conv3)
+        return dys.unbind(), dconv[..., None, None]
 
     def _bottleneck_backward(
             self,
-            dmaps: List[torch.Tensor],
+            features: torch.Tensor,
+            dbottleneck: Sequence[torch.Tensor],
             dfeatures: torch.Tensor,
-            dstats: torch.Tensor,
-    ) -> Tuple[torch.Tensor, ...]:
-        """Gradients of norm1's weight and bias and of conv1's weight, from those of the splits (N, width, H, W)."""
-        shared = _SharedNorm(self.norm1)
-        dconv = torch.zeros_like(self.conv1, dtype=self.norm1.weight.dtype)
-        dmaps = [_as_pixels(d) for d in dmaps]
-        dx = dfeatures[:, :self.x.shape[1]]
-        for part in _parts(self.x, *self.x.shape):
-            x, d = self.x[part], _merge(dmaps, part)
-            y = self.norm1.forward(x, torch.empty_like(x, memory_format=torch.contiguous_format))
+    ) -> Tuple[torch.Tensor, torch.Tensor]:
+        """Gradients (2, C) of norm1's weight and bias, and of conv1's weight; adds to dfeatures."""
+        daffine = torch.zeros_like(self.buffers.stats[:, :self.in_chs])
+        dconv = torch.zeros_like(self.conv1, dtype=daffine.dtype)
+        scale = self.norm1.scale.to(features.dtype)
+        for part in _parts(features, *features.shape):
+            x, d = features[part].contiguous(), _merge(dbottleneck, part)
+            y = self.norm1.forward(x, torch.empty_like(x))
             dconv += d.t() @ y
-            shared.add_part(d @ self.conv1, y, x, dx[part])
-        dstats[:, :self.x.shape[1]] += shared.stats_gradient()
-        return *shared.parameter_gradients(), dconv
+            dy = d @ self.conv1
+            daffine += self.norm1.parameter_gradients(dy, y, x)
+            dfeatures[part].addcmul_(dy, scale)
+        return daffine, dconv
 
 
 def _merge(splits: Sequence[torch.Tensor], part: slice) -> torch.Tensor:
@@ -389,7 +423,7 @@ def _merge(splits: Sequence[torch.Tensor], part: slice) -> torch.Tensor:
 
 
 class _NewFeatures(Function):
-    """New features (N, C, H, W) of a layer before its attention."""
+    """New features (N, C, H, W) of a layer before its attention; features and stats as in ``_AddFeatures``."""
 
     @staticmethod
     def forward(
@@ -400,28 +434,21 @@ class _NewFeatures(Function):
             stats: torch.Tensor,
             *parameters: torch.Tensor,
     ) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        run = _LayerPass(layer, buffers, parameters)
-        new = run.forward()
-        run.update_running_stats()
-        ctx.buffers, ctx.layer, ctx.kept = buffers, layer, not layer.grad_checkpointing
-        kept = (run.maps, *run.outputs) if ctx.kept else ()
-        ctx.save_for_backward(*parameters, *kept)
-        ctx.norms2, ctx.norms = run.norms2, run.norms
+        ctx.run = _LayerPass(layer, buffers, parameters, features.dtype)
+        new, kept = ctx.run.forward(features)
+        ctx.run.update_running_stats()
+        ctx.save_for_backward(features, *parameters, *([] if layer.grad_checkpointing else kept))
         return new, features, stats
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dnew: torch.Tensor, dfeatures: torch.Tensor, dstats: torch.Tensor):
-        count = len(ctx.needs_input_grad) - 4
-        parameters, kept = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
+        features, *saved = ctx.saved_tensors
+        kept = saved[len(ctx.needs_input_grad) - 4:]
         with torch.autocast(dnew.device.type, enabled=False):
-            run = _LayerPass(ctx.layer, ctx.buffers, parameters)
-            if ctx.kept:
-                run.maps, *run.outputs = kept
-                run.norms2, run.norms = ctx.norms2, ctx.norms
-            else:
-                run.forward()
-            gradients = run.backward(dnew, dfeatures, dstats)
+            if not kept:
+                _, kept = ctx.run.forward(features)
+            gradients = ctx.run.backward(features, kept, dnew, dfeatures, dstats)
         return None, None, dfeatures, dstats, *gradients
 
 
@@ -430,8 +457,7 @@ def block_in_training(block: nn.ModuleDict, x: torch.Tensor) -> torch.Tensor:
     """Features (N, in_chs + num_layers * growth_rate, H, W), channels last in memory, of x (N, in_chs, H, W)."""
     layers = list(block.values())
     buffers = _Buffers(x, layers[-1].conv1.in_channels + layers[-1].growth_rate)
-    features, stats = buffers.features.detach(), buffers.stats.detach()
-    features, stats = _AddFeatures.apply(buffers, 0, x, features, stats)
+    features, stats = _AddFeatures.apply(buffers, 0, x, buffers.features.detach(), buffers.stats.detach())
     for layer in layers:
         with torch.autocast(x.device.type, enabled=False):
             new, features, stats = _NewFeatures.apply(buffers, layer, features, stats, *_layer_parameters(layer))
@@ -453,38 +479,36 @@ class _Transition(Function):
             conv: torch.Tensor,
     ) -> torch.Tensor:
         x = x.contiguous(memory_format=torch.channels_last)
-        ctx.pool = transition.pool
-        ctx.norm = _Norm(*_batch_stats(x), weight, bias, transition.norm.eps)
+        norm = ctx.norm = _Norm(*_batch_stats(x), weight, bias, transition.norm.eps)
         ctx.save_for_backward(x, weight, bias, conv)
-        _update_running_stats(transition.norm, ctx.norm.mean, ctx.norm.var, x.numel() // x.shape[1])
+        _update_running_stats(transition.norm, norm.mean, norm.var, x.numel() // x.shape[1])
         matrix = conv.flatten(1).to(x.dtype)
-        parts = []
-        for images in _parts(x, len(x), x[0].numel()):
-            pooled = _pool(_normalized(ctx.norm, x[images]))
-            parts.append(pooled.permute(0, 2, 3, 1) @ matrix.t())
-        return _as_maps(torch.cat(parts))
+        n, _, h, w = x.shape
+        out = x.new_empty((n, h // 2, w // 2, len(matrix)))
+        for images in _parts(x, n, x[0].numel()):
+            y = _normalized(norm, x[images])
+            out[images] = F.avg_pool2d(y, 2).permute(0, 2, 3, 1) @ matrix.t()
+        return _as_maps(out)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: torch.Tensor):
         x, _, _, conv = ctx.saved_tensors
+        norm = ctx.norm
         matrix = conv.flatten(1).to(x.dtype)
-        shared = _SharedNorm(ctx.norm)
+        daffine = norm.mean.new_zeros((2, x.shape[1]))
         dconv = torch.zeros_like(matrix, dtype=conv.dtype)
-        dx = torch.zeros_like(x)
+        dx = torch.empty_like(x)
         with torch.autocast(x.device.type, enabled=False):
             for images in _parts(x, len(x), x[0].numel()):
-                y, d = _normalized(ctx.norm, x[images]), dout[images].permute(0, 2, 3, 1)
-                dconv += d.flatten(0, 2).t() @ _as_pixels(_pool(y))
+                y, d = _normalized(norm, x[images]), dout[images].permute(0, 2, 3, 1)
+                dconv += d.flatten(0, 2).t() @ _as_pixels(F.avg_pool2d(y, 2))
                 dy = torch.ops.aten.avg_pool2d_backward(
                     _as_maps(d @ matrix), y, [2, 2], [2, 2], [0, 0], False, True, None)
-                shared.add_part(_as_pixels(dy), _as_pixels(y), _as_pixels(x[images]), _as_pixels(dx[images]))
-            _add_stats_gradient_(_as_pixels(dx), _as_pixels(x), ctx.norm.mean, shared.stats_gradient())
-        return None, dx, *shared.parameter_gradients(), dconv[..., None, None]
-
-
-def _pool(x: torch.Tensor) -> torch.Tensor:
-    return F.avg_pool2d(x, 2)
+                daffine += norm.parameter_gradients(_as_pixels(dy), _as_pixels(y), _as_pixels(x[images]))
+                torch.mul(_as_pixels(dy), norm.scale.to(x.dtype), out=_as_pixels(dx[images]))
+            _add_stats_gradient_(_as_pixels(dx), _as_pixels(x), norm.mean, norm.stats_gradient(*daffine))
+        return None, dx, *daffine, dconv[..., None, None]
 
 
 def _normalized(norm: _Norm, x: torch.Tensor) -> torch.Tensor:
