@@ -1,0 +1,397 @@
+"""The training form equals the plain form: outputs, gradients of input and parameters, running statistics."""
+import copy
+from contextlib import contextmanager
+
+import pytest
+import timm
+import torch
+from timm.layers import BatchNormAct2d, convert_sync_batchnorm, freeze_batch_norm_2d
+from torch.autograd import gradcheck
+
+from timm_dense2net import dense2net, training_form
+from timm_dense2net.dense2net import Dense2Net, DenseBlock
+
+KINDS = {
+    'baseline': dict(scale=None),
+    'baseline_groups': dict(scale=None, cardinality=4),
+    's1': dict(scale=1),
+    's2': dict(scale=2),
+    's4': dict(scale=4),
+    's8': dict(scale=8),
+    'groups': dict(scale=4, cardinality=4),
+    'se': dict(scale=2, attn_layer='se'),
+    'drop_path': dict(scale=4, drop_path_rate=0.5),
+    'deep': dict(scale=4, stem_type='deep'),
+}
+
+
+def normal(*shape, dtype=torch.float64, seed=3):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def vary(model):
+    """Norm weights of both signs, 0 and next to 0; running statistics that differ from their start."""
+    for i, m in enumerate(m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)):
+        with torch.no_grad():
+            m.weight.copy_(normal(len(m.weight), seed=i))
+            m.bias.copy_(normal(len(m.bias), seed=1000 + i))
+            m.weight[0], m.weight[1] = 0., 1e-12
+            m.running_mean.copy_(normal(len(m.weight), seed=2000 + i))
+    return model
+
+
+def create(growth_rate=8, block_config=(2, 3, 2), dtype=torch.float64, **kwargs):
+    torch.manual_seed(0)
+    return vary(Dense2Net(growth_rate, block_config, num_classes=5, dtype=dtype, **kwargs)).train()
+
+
+@contextmanager
+def plain_form():
+    form, dense2net.has_training_form = dense2net.has_training_form, lambda module, x: False
+    try:
+        yield
+    finally:
+        dense2net.has_training_form = form
+
+
+@contextmanager
+def runs_of(*functions):
+    """Counts the calls of autograd functions of the training form."""
+    counts = {f.__name__: 0 for f in functions}
+    applies = {f: f.forward for f in functions}
+
+    def counted(f):
+        def forward(*args):
+            counts[f.__name__] += 1
+            return applies[f](*args)
+        return staticmethod(forward)
+
+    for f in functions:
+        f.forward = counted(f)
+    try:
+        yield counts
+    finally:
+        for f in functions:
+            f.forward = staticmethod(applies[f])
+
+
+def step(model, x):
+    """Output, input gradient, and gradients and buffers by name after one step."""
+    x = x.clone().requires_grad_()
+    torch.manual_seed(7)  # of drop path
+    y = model(x)
+    y.float().square().sum().backward() if y.dtype == torch.bfloat16 else y.square().sum().backward()
+    return y.detach(), x.grad, {n: p.grad for n, p in model.named_parameters()}, dict(model.named_buffers())
+
+
+def assert_equals_plain_form(model, x, rtol, atol, count=7):
+    twin = copy.deepcopy(model)
+    with runs_of(training_form._NewFeatures) as counts:
+        y, dx, grads, buffers = step(model, x)
+    assert counts['_NewFeatures'] == count
+    with plain_form():
+        y2, dx2, grads2, buffers2 = step(twin, x)
+
+    def close(a, b, name):
+        bound = atol * max(1., b.abs().max().item())
+        torch.testing.assert_close(a, b, rtol=rtol, atol=bound, msg=lambda text: f'{name}: {text}')
+
+    close(y, y2, 'output')
+    close(dx, dx2, 'input gradient')
+    for name, grad in grads2.items():
+        close(grads[name], grad, name)
+    for name, buffer in buffers2.items():
+        close(buffers[name], buffer, name)
+
+
+@pytest.mark.parametrize('checkpointing', [False, True])
+@pytest.mark.parametrize('kind', KINDS)
+def test_equals_plain_form_in_float64(kind, checkpointing):
+    model = create(**KINDS[kind])
+    model.set_grad_checkpointing(checkpointing)
+    for shape in ((4, 3, 13, 11), (3, 3, 32, 36)):
+        model.zero_grad()
+        assert_equals_plain_form(model, normal(*shape) if 'stem_type' not in KINDS[kind] else normal(
+            2, 3, 33, 50), 1e-9, 1e-9)
+
+
+@pytest.mark.parametrize('kind', ['baseline', 's4', 'se'])
+def test_equals_plain_form_in_parts(kind, monkeypatch):
+    monkeypatch.setattr(training_form, 'CACHE_BYTES', 20_000)
+    assert_equals_plain_form(create(**KINDS[kind]), normal(4, 3, 13, 11), 1e-9, 1e-9)
+
+
+@pytest.mark.parametrize('channels_last', [False, True])
+@pytest.mark.parametrize('kind', ['baseline', 's8', 'groups'])
+def test_float32(kind, channels_last):
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    model = create(dtype=torch.float32, **KINDS[kind]).to(memory_format=memory_format)
+    x = normal(4, 3, 32, 32, dtype=torch.float32).to(memory_format=memory_format)
+    assert_equals_plain_form(model, x, 1e-3, 1e-4)
+
+
+def test_large_mean_and_small_variance():
+    """Errors against float64 are no larger than the plain form's, short of a factor for chance."""
+    torch.manual_seed(0)
+    block = vary(DenseBlock(3, 8, 8, [0.] * 3)).train()
+    x = 1e-2 * normal(8, 8, 16, 16) + 10.
+    exact = step(copy.deepcopy(block).double(), x)
+    ours = step(copy.deepcopy(block), x.float())
+    with plain_form():
+        plain = step(block, x.float())
+
+    def error(a, b):
+        return ((a - b).norm() / b.norm().clamp(min=1e-3)).item()
+
+    for i in range(2):
+        assert error(ours[i], exact[i]) < 1e-5 + 2. * error(plain[i], exact[i])
+    for i in range(2, 4):
+        for name, value in exact[i].items():
+            assert error(ours[i][name], value) < 1e-4 + 2. * error(plain[i][name], value), name
+
+
+@pytest.mark.parametrize('kwargs', [
+    dict(scale=2), dict(scale=4, cardinality=2), dict(scale=None), dict(scale=1), dict(scale=8),
+    dict(scale=2, attn_layer='eca')])
+def test_gradcheck(kwargs):
+    torch.manual_seed(0)
+    block = DenseBlock(2, 3, 4, [0., 0.], bn_size=2, dtype=torch.float64, **kwargs).train()
+    transition = dense2net.DenseTransition(11, 5, BatchNormAct2d, dtype=torch.float64).train()
+    names, parameters = zip(*torch.nn.Sequential(block, transition).named_parameters())
+    for i, p in enumerate(parameters):
+        p.data = p.data + 0.3 * normal(*p.shape, seed=i)
+        p.requires_grad_()
+
+    def run(x, *_):
+        return transition(block(x))
+
+    x = normal(2, 3, 4, 5).requires_grad_()
+    assert gradcheck(run, (x, *parameters), fast_mode=True)
+
+
+def test_autocast():
+    model = create(dtype=torch.float32, scale=4, growth_rate=16, drop_path_rate=0.2)
+    for m in model.modules():
+        if isinstance(m, torch.nn.BatchNorm2d):
+            m.weight.data.fill_(1.)
+    twin, exact = copy.deepcopy(model), copy.deepcopy(model)
+    x = normal(8, 3, 32, 32, dtype=torch.float32)
+    with plain_form():
+        _, dx, grads, buffers = step(exact, x)
+    with torch.autocast('cpu', dtype=torch.bfloat16):
+        with runs_of(training_form._NewFeatures, training_form._Transition) as counts:
+            ours = step(model, x)
+        assert counts == {'_NewFeatures': 7, '_Transition': 2}
+        with plain_form():
+            plain = step(twin, x)
+    assert ours[0].dtype == plain[0].dtype
+
+    def error(a, b):
+        return ((a - b).norm() / b.norm()).item()
+
+    assert error(ours[1], dx) < 1.5 * error(plain[1], dx)
+    for name, grad in grads.items():
+        assert ours[2][name].dtype == torch.float32
+        assert error(ours[2][name], grad) < 0.05 + 1.5 * error(plain[2][name], grad), name
+    for name, buffer in buffers.items():
+        if 'running' in name:
+            assert ours[3][name].dtype == torch.float32
+            torch.testing.assert_close(ours[3][name], buffer, rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize('momentum', [0.3, None])
+def test_momentum(momentum):
+    model = create()
+    for m in model.modules():
+        if isinstance(m, torch.nn.BatchNorm2d):
+            m.momentum = momentum
+    twin = copy.deepcopy(model)
+    for seed in range(3):
+        x = normal(4, 3, 13, 11, seed=seed)
+        model(x)
+        with plain_form():
+            twin(x)
+    for (name, a), b in zip(model.named_buffers(), twin.buffers()):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9, msg=name)
+
+
+def test_norms_without_running_statistics():
+    model = create()
+    norm = model.features.denseblock1.denselayer2.norm1
+    norm.track_running_stats, norm.running_mean, norm.running_var, norm.num_batches_tracked = False, None, None, None
+    assert_equals_plain_form(model, normal(4, 3, 13, 11), 1e-9, 1e-9)
+
+
+def test_frozen_parameters():
+    model = create(attn_layer='se')
+    for name, p in model.named_parameters():
+        p.requires_grad_('denseblock2.denselayer2' in name or 'norm2' in name)
+    twin = copy.deepcopy(model)
+    x = normal(4, 3, 13, 11)
+    model(x).square().sum().backward()
+    with plain_form():
+        twin(x).square().sum().backward()
+    for (name, p), q in zip(model.named_parameters(), twin.named_parameters()):
+        assert (p.grad is None) == (q[1].grad is None), name
+        if p.grad is not None:
+            torch.testing.assert_close(p.grad, q[1].grad, rtol=1e-9, atol=1e-9, msg=name)
+
+
+def test_a_block_twice_in_one_graph_and_backward_twice():
+    torch.manual_seed(0)
+    block = vary(DenseBlock(2, 8, 8, [0., 0.], scale=2, dtype=torch.float64)).train()
+    inner = dense2net.DenseTransition(24, 8, BatchNormAct2d, dtype=torch.float64).train()
+    x = normal(2, 8, 8, 8).requires_grad_()
+
+    def gradients():
+        loss = (block(inner(block(x))).sum() * block(x + 1.).square().mean())
+        inputs = (x, *block.parameters())
+        first = torch.autograd.grad(loss, inputs, retain_graph=True)
+        second = torch.autograd.grad(loss, inputs)
+        with pytest.raises(RuntimeError, match='backward through the graph a second time'):
+            torch.autograd.grad(loss, inputs)
+        return first, second
+
+    first, second = gradients()
+    for a, b in zip(first, second):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+    with plain_form():
+        for a, b in zip(first, gradients()[0]):
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
+def test_features_in_several_places():
+    """The output's gradient may be shared, expanded or of another memory format: it is not written to."""
+    model = create()
+    twin = copy.deepcopy(model)
+
+    def loss(net, x):
+        _, features = net.forward_intermediates(x)
+        return sum(f.sum() for f in features) + features[1].mul(2.).add(features[1]).sum()
+
+    x = normal(4, 3, 13, 11)
+    loss(model, x).backward()
+    with plain_form():
+        loss(twin, x).backward()
+    for (name, p), q in zip(model.named_parameters(), twin.parameters()):
+        if q.grad is None:
+            assert p.grad is None or not p.grad.any()
+        else:
+            torch.testing.assert_close(p.grad, q.grad, rtol=1e-9, atol=1e-9, msg=name)
+    block, x = model.features.denseblock1, normal(2, 16, 8, 8)
+    y = block(x.requires_grad_())
+    gradient = normal(*y.shape)
+    kept = gradient.clone()
+    y.backward(gradient)
+    assert torch.equal(gradient, kept)
+
+
+def test_changes_that_would_spoil_backward_are_named():
+    block, x = create().features.denseblock1, normal(2, 16, 8, 8).requires_grad_()
+    y = block(x)
+    y.mul_(2.)
+    with pytest.raises(RuntimeError, match='modified by an inplace operation'):
+        y.sum().backward()
+    y = block(x)
+    block.denselayer1.conv1.weight.data_ptr()
+    with torch.no_grad():
+        block.denselayer1.conv1.weight.mul_(2.)
+    with pytest.raises(RuntimeError, match='modified by an inplace operation'):
+        y.sum().backward()
+    gradient, = torch.autograd.grad(block(x).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match='once_differentiable'):
+        gradient.sum().backward()
+
+
+@pytest.mark.parametrize('change', ['eval', 'frozen_norms', 'norms_in_eval', 'one_value', 'hook', 'sync', 'silu'])
+def test_plain_form_where_the_training_form_does_not_apply(change):
+    model = create(dtype=torch.float32, act_layer='silu' if change == 'silu' else 'relu')
+    x = normal(4, 3, 16, 16, dtype=torch.float32)
+    if change == 'eval':
+        model.eval()
+    elif change == 'frozen_norms':
+        freeze_batch_norm_2d(model.features)
+    elif change == 'norms_in_eval':
+        for m in model.modules():
+            if isinstance(m, torch.nn.BatchNorm2d):
+                m.eval()
+    elif change == 'one_value':
+        with pytest.raises(ValueError, match='more than 1 value per channel'):
+            model(normal(1, 3, 4, 4, dtype=torch.float32))
+        return
+    elif change == 'hook':
+        seen = []
+        for block in model.features[1:-1:2]:
+            block.denselayer1.conv1.register_forward_hook(lambda *args: seen.append(args))
+    elif change == 'sync':
+        assert not training_form.has_training_form(convert_sync_batchnorm(model.features.denseblock1), x)
+        return
+    twin = copy.deepcopy(model)
+    with runs_of(training_form._NewFeatures) as counts:
+        y = model(x)
+    assert counts['_NewFeatures'] == 0
+    if change == 'hook':
+        assert len(seen) == 3
+    with plain_form():
+        torch.testing.assert_close(y, twin(x), rtol=1e-5, atol=1e-5)
+
+
+def test_traced_forms_train_as_the_plain_form():
+    model = create(dtype=torch.float32)
+    x = normal(4, 3, 16, 16, dtype=torch.float32)
+    with plain_form():
+        expected = copy.deepcopy(model)(x)
+    torch.testing.assert_close(torch.jit.script(copy.deepcopy(model))(x), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(torch.fx.symbolic_trace(copy.deepcopy(model))(x), expected, rtol=1e-4, atol=1e-4)
+    torch.compiler.reset()
+    compiled = torch.compile(copy.deepcopy(model), fullgraph=True, backend='aot_eager')
+    torch.testing.assert_close(compiled(x), expected, rtol=1e-4, atol=1e-4)
+    values = {n: p.detach() for n, p in model.named_parameters()}
+
+    def loss(values):
+        return torch.func.functional_call(copy.deepcopy(model), values, (x,)).square().sum()
+
+    gradients = torch.func.grad(loss)(values)
+    assert gradients['features.conv0.weight'].isfinite().all()
+
+
+def test_statistics_are_updated_without_gradients_too():
+    model = create()
+    twin = copy.deepcopy(model)
+    x = normal(4, 3, 13, 11)
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            y = model(x)
+            with plain_form():
+                torch.testing.assert_close(y, twin(x), rtol=1e-9, atol=1e-9)
+    for (name, a), b in zip(model.named_buffers(), twin.buffers()):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9, msg=name)
+
+
+def test_full_net_keeps_less_with_checkpointing():
+    """Bytes that the graph keeps, each storage once."""
+    def kept(model, x):
+        storages = {}
+
+        def pack(t):
+            storages[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+            alive.append(t)
+            return t
+
+        alive = []
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            model(x).sum().backward()
+        weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        return sum(size for data, size in storages.items() if data not in weights)
+
+    torch.manual_seed(0)
+    x = normal(8, 3, 32, 32, dtype=torch.float32)
+    model = timm.create_model('dense2net40_k12_s4').train()
+    ours = kept(model, x)
+    model.set_grad_checkpointing()
+    checkpointed = kept(model, x)
+    model.set_grad_checkpointing(False)
+    with plain_form():
+        plain = kept(model, x)
+    assert ours < 0.5 * plain
+    assert checkpointed < 0.25 * plain
