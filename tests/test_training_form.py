@@ -80,7 +80,7 @@ def step(model, x):
     x = x.clone().requires_grad_()
     torch.manual_seed(7)  # of drop path
     y = model(x)
-    y.float().square().sum().backward() if y.dtype == torch.bfloat16 else y.square().sum().backward()
+    y.square().sum().backward()
     return y.detach(), x.grad, {n: p.grad for n, p in model.named_parameters()}, dict(model.named_buffers())
 
 
@@ -141,7 +141,7 @@ def test_large_mean_and_small_variance():
         plain = step(block, x.float())
 
     def error(a, b):
-        return ((a - b).norm() / b.norm().clamp(min=1e-3)).item()
+        return ((a.double() - b.double()).norm() / b.double().norm().clamp(min=1e-3)).item()
 
     for i in range(2):
         assert error(ours[i], exact[i]) < 1e-5 + 2. * error(plain[i], exact[i])
@@ -189,10 +189,13 @@ def test_autocast():
     def error(a, b):
         return ((a - b).norm() / b.norm()).item()
 
-    assert error(ours[1], dx) < 1.5 * error(plain[1], dx)
-    for name, grad in grads.items():
-        assert ours[2][name].dtype == torch.float32
-        assert error(ours[2][name], grad) < 0.05 + 1.5 * error(plain[2][name], grad), name
+    # Single gradients of so deep a net are far off in either form: what counts is that no form is worse.
+    assert error(ours[1], dx) < 1.2 * error(plain[1], dx)
+    assert all(grad.dtype == torch.float32 for grad in ours[2].values())
+    errors, plain_errors = (
+        torch.tensor([error(form[2][name], grad) for name, grad in grads.items()]) for form in (ours, plain))
+    assert errors.median() < 1.2 * plain_errors.median()
+    assert errors.max() < 1.5 * plain_errors.max()
     for name, buffer in buffers.items():
         if 'running' in name:
             assert ours[3][name].dtype == torch.float32
@@ -288,24 +291,24 @@ def test_features_in_several_places():
 
 def test_changes_that_would_spoil_backward_are_named():
     block, x = create().features.denseblock1, normal(2, 16, 8, 8).requires_grad_()
+    with pytest.raises(RuntimeError, match='modified inplace'):
+        block(x).mul_(2.)
     y = block(x)
-    y.mul_(2.)
-    with pytest.raises(RuntimeError, match='modified by an inplace operation'):
-        y.sum().backward()
-    y = block(x)
-    block.denselayer1.conv1.weight.data_ptr()
     with torch.no_grad():
         block.denselayer1.conv1.weight.mul_(2.)
     with pytest.raises(RuntimeError, match='modified by an inplace operation'):
         y.sum().backward()
-    gradient, = torch.autograd.grad(block(x).sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match='once_differentiable'):
-        gradient.sum().backward()
+    transition = dense2net.DenseTransition(16, 8, BatchNormAct2d, dtype=torch.float64)
+    for module in (block, transition):
+        with pytest.raises(RuntimeError, match='no second derivatives.*create_graph=True'):
+            torch.autograd.grad(module(x).sum(), x, create_graph=True)
 
 
-@pytest.mark.parametrize('change', ['eval', 'frozen_norms', 'norms_in_eval', 'one_value', 'hook', 'sync', 'silu'])
+@pytest.mark.parametrize('change', ['eval', 'frozen_norms', 'norms_in_eval', 'one_value', 'hook', 'sync', 'silu', 'layernorm2d'])
 def test_plain_form_where_the_training_form_does_not_apply(change):
-    model = create(dtype=torch.float32, act_layer='silu' if change == 'silu' else 'relu')
+    model = create(
+        dtype=torch.float32, act_layer='silu' if change == 'silu' else 'relu',
+        norm_layer='layernorm2d' if change == 'layernorm2d' else 'batchnorm2d')
     x = normal(4, 3, 16, 16, dtype=torch.float32)
     if change == 'eval':
         model.eval()
@@ -337,22 +340,16 @@ def test_plain_form_where_the_training_form_does_not_apply(change):
 
 
 def test_traced_forms_train_as_the_plain_form():
-    model = create(dtype=torch.float32)
-    x = normal(4, 3, 16, 16, dtype=torch.float32)
+    """``torch.compile`` is tested with the models."""
+    model = create(4, (2, 1), dtype=torch.float32, scale=2)
+    x = normal(4, 3, 8, 8, dtype=torch.float32)
     with plain_form():
         expected = copy.deepcopy(model)(x)
     torch.testing.assert_close(torch.jit.script(copy.deepcopy(model))(x), expected, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(torch.fx.symbolic_trace(copy.deepcopy(model))(x), expected, rtol=1e-4, atol=1e-4)
-    torch.compiler.reset()
-    compiled = torch.compile(copy.deepcopy(model), fullgraph=True, backend='aot_eager')
-    torch.testing.assert_close(compiled(x), expected, rtol=1e-4, atol=1e-4)
-    values = {n: p.detach() for n, p in model.named_parameters()}
-
-    def loss(values):
-        return torch.func.functional_call(copy.deepcopy(model), values, (x,)).square().sum()
-
-    gradients = torch.func.grad(loss)(values)
-    assert gradients['features.conv0.weight'].isfinite().all()
+    covered = []
+    torch.func.grad(lambda x: covered.append(training_form.has_training_form(model, x)) or x.sum())(x)
+    assert covered == [False]
 
 
 def test_statistics_are_updated_without_gradients_too():

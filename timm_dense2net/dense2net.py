@@ -267,10 +267,14 @@ class DenseBlock(nn.ModuleDict):
         return torch.cat(features, 1)
 
     @torch.jit.ignore
+    def norms(self) -> List[nn.Module]:
+        """The norms with activation of all layers."""
+        return [norm for layer in self.values() for norm in layer.norms()]
+
+    @torch.jit.ignore
     def fuse(self) -> nn.Module:
         """Form for inference; itself if its norms are other than batch norm with ReLU."""
-        norms = [norm for layer in self.values() for norm in layer.norms()]
-        return FusedDenseBlock(self) if is_fusable(*norms) else self
+        return FusedDenseBlock(self) if is_fusable(*self.norms()) else self
 
 
 class DenseTransition(nn.Sequential):
@@ -291,9 +295,14 @@ class DenseTransition(nn.Sequential):
         return self.pool(self.conv(self.norm(x)))
 
     @torch.jit.ignore
+    def norms(self) -> List[nn.Module]:
+        """The norm with activation."""
+        return [self.norm]
+
+    @torch.jit.ignore
     def fuse(self) -> nn.Module:
         """Form for inference; itself if its norm is other than batch norm with ReLU."""
-        return FusedDenseTransition(self) if is_fusable(self.norm) else self
+        return FusedDenseTransition(self) if is_fusable(*self.norms()) else self
 
 
 def _create_stem(

@@ -1,12 +1,12 @@
-"""Training form of the dense blocks and transitions: same mathematics as the plain form, less memory and memory traffic.
+"""Training form of the dense blocks and transitions: the mathematics of the plain form in less time and memory.
 
 A block's features lie in one (pixels, channels) matrix, channels last, where each is written once. What the plain form
 keeps or passes over once more for every layer that reads a feature is done once or made again:
 
 * The batch statistics of a concatenation are the concatenation of the statistics. A feature's mean and variance are
   computed when it is made, and all norms that read it share them; each updates its own running statistics from them.
-* Of a layer only the bottleneck (conv1's output) and the outputs of the hierarchy's convolutions are kept, with gradient
-  checkpointing not even these. Concatenations, norms and activations are computed again in backward, as in
+* Of a layer only the bottleneck (conv1's output) and the outputs of the hierarchy's convolutions are kept, with
+  gradient checkpointing not even these. Concatenations, norms and activations are computed again in backward, as in
   `Memory-Efficient Implementation of DenseNets` - https://arxiv.org/abs/1707.06990
 * Norm, activation and 1x1 convolution run on so few pixels at a time, that what is between them stays in the caches.
 * Average pooling after a 1x1 convolution is that convolution after the pooling, on a quarter of the pixels.
@@ -26,7 +26,6 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 from timm.layers import BatchNormAct2d
 
@@ -49,19 +48,21 @@ def has_training_form(module: nn.Module, x: torch.Tensor) -> bool:
     autocasts = torch.is_autocast_enabled(x.device.type)
     if x.dtype != (torch.get_autocast_dtype(x.device.type) if autocasts else params_dtype):
         return False
-    return all(_is_covered(m, params_dtype) for m in module.modules())
+    return (
+        all(_is_covered(norm) for norm in module.norms())
+        and all(p.dtype == params_dtype for p in module.parameters())
+        and not any(_has_hooks(m) for m in module.modules()))
 
 
-def _is_covered(module: nn.Module, dtype: torch.dtype) -> bool:
-    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
-        return False
-    if isinstance(module, nn.modules.batchnorm._NormBase):
-        return (
-            type(module) is BatchNormAct2d and module.training and module.affine and module.weight.dtype == dtype
-            and isinstance(module.act, nn.ReLU) and isinstance(module.drop, nn.Identity))
-    if isinstance(module, nn.Conv2d):
-        return module.weight.dtype == dtype
-    return True
+def _is_covered(norm: nn.Module) -> bool:
+    return (
+        type(norm) is BatchNormAct2d and norm.training and norm.affine
+        and isinstance(norm.act, nn.ReLU) and isinstance(norm.drop, nn.Identity))
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks)
 
 
 class _Norm:
@@ -104,6 +105,11 @@ class _Norm:
         return torch.stack([-self.scale * dbias, -0.5 * self.scale * self.invstd * dweight])
 
 
+def _check_first_order() -> None:
+    if torch.is_grad_enabled():
+        raise RuntimeError('no second derivatives in training mode: backward was called with create_graph=True')
+
+
 def _relu_backward_(dy: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     return torch.ops.aten.threshold_backward.grad_input(dy, y, 0, grad_input=dy)
 
@@ -126,14 +132,13 @@ def _batch_stats(x: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
     return torch.batch_norm_update_stats(x, running, running, 0.)
 
 
-def _add_stats_gradient_(
-        dx: torch.Tensor, x: torch.Tensor, mean: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
-    """Add to dx (pixels, C) what the gradients (2, C) of mean and variance of x bring."""
+def _add_stats_gradient(
+        dx: torch.Tensor, x: torch.Tensor, mean: torch.Tensor, gradient: torch.Tensor, out: torch.Tensor) -> None:
+    """Write to out dx and what the gradients (2, C) of mean and variance of x add to it; all (pixels, C)."""
     dmean, dvar = gradient / x.shape[0]
     scale = 2. * dvar
     for part in _parts(x, *x.shape):
-        dx[part] += torch.addcmul(dmean, x[part] - mean, scale)
-    return dx
+        torch.add(dx[part], torch.addcmul(dmean, x[part] - mean, scale), out=out[part])
 
 
 def _update_running_stats(norm: BatchNormAct2d, mean: torch.Tensor, var: torch.Tensor, count: int) -> None:
@@ -206,14 +211,11 @@ class _AddFeatures(Function):
         return features, stats
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dfeatures: torch.Tensor, dstats: torch.Tensor):
         features, = ctx.saved_tensors
-        dmaps = _add_stats_gradient_(
-            dfeatures[:, ctx.channels].clone(),
-            features[:, ctx.channels],
-            ctx.buffers.stats[0, ctx.channels],
-            dstats[:, ctx.channels])
+        x, dx = features[:, ctx.channels], dfeatures[:, ctx.channels]
+        dmaps = dx.new_empty(dx.shape)
+        _add_stats_gradient(dx, x, ctx.buffers.stats[0, ctx.channels], dstats[:, ctx.channels], out=dmaps)
         if ctx.channels.start == 0:
             ctx.buffers.free_scratch()
         return None, None, _as_maps(dmaps.view(*ctx.buffers.size, -1)), dfeatures, dstats
@@ -230,8 +232,8 @@ class _Output(Function):
         return _as_maps(features.detach().view(*buffers.size, -1))
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, doutput: torch.Tensor):
+        _check_first_order()
         dfeatures = torch.empty_like(doutput, memory_format=torch.channels_last).copy_(doutput)
         return None, _as_pixels(dfeatures), torch.zeros_like(ctx.buffers.stats)
 
@@ -349,7 +351,7 @@ class _LayerPass:
     ) -> List[torch.Tensor]:
         """Add the gradients of features (pixels, C) and stats (2, C) to those given, return the parameters'."""
         bottleneck, *outputs = kept
-        sums, ys = self._activations(bottleneck, outputs)
+        xs, sums, ys = self._activations(bottleneck, outputs)
         dys, dlast = self._last_conv_backward(dnew.permute(0, 2, 3, 1), ys)
         dxs, daffines2 = [dys[0]], []
         dhierarchy = []
@@ -360,8 +362,8 @@ class _LayerPass:
             dxs.insert(1, dx)
             dhierarchy = [dconv, *daffine, *dhierarchy]
         dbottleneck = []
-        for norm, dx, y, x in zip(self.norms2, dxs, ys, bottleneck):
-            dx, *daffine = norm.backward(dx, norm.forward(x, y), x)
+        for norm, dx, y, x in zip(self.norms2, dxs, xs, bottleneck):
+            dx, *daffine = norm.backward(dx, y, x)
             dbottleneck.append(dx.flatten(0, 2))
             daffines2.append(daffine)
         dweight2, dbias2 = (torch.cat(parts) for parts in zip(*daffines2))
@@ -371,17 +373,15 @@ class _LayerPass:
         return [*daffine1, dconv1[..., None, None], dweight2, dbias2, *dhierarchy, dlast]
 
     def _activations(
-            self,
-            bottleneck: torch.Tensor,
-            outputs: Sequence[torch.Tensor],
-    ) -> Tuple[Sequence[torch.Tensor], List[torch.Tensor]]:
-        """Inputs of the hierarchy's convolutions, the first of no use, and its outputs, all (N, H, W, width)."""
-        sums, ys = self._scratch('sums', bottleneck).unbind(), self._scratch('y', bottleneck).unbind()
-        self.norms2[0].forward(bottleneck[0], ys[0])
+            self, bottleneck: torch.Tensor, outputs: Sequence[torch.Tensor]) -> Tuple[Sequence[torch.Tensor], ...]:
+        """Splits of the hierarchy's input, of its convolutions' inputs (not the first) and of its output."""
+        xs, sums, ys = (self._scratch(name, bottleneck).unbind() for name in ('x', 'sum', 'y'))
+        ys = [xs[0], *ys[1:]]
+        self.norms2[0].forward(bottleneck[0], xs[0])
         for i, (norm, z) in enumerate(zip(self.norms, outputs)):
-            self.norms2[i + 1].forward(bottleneck[i + 1], sums[i + 1]).add_(ys[i])
+            torch.add(self.norms2[i + 1].forward(bottleneck[i + 1], xs[i + 1]), ys[i], out=sums[i + 1])
             norm.forward(z, ys[i + 1])
-        return sums, ys
+        return xs, sums, ys
 
     def _last_conv_backward(
             self, dnew: torch.Tensor, ys: Sequence[torch.Tensor]) -> Tuple[Sequence[torch.Tensor], torch.Tensor]:
@@ -441,7 +441,6 @@ class _NewFeatures(Function):
         return new, features, stats
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dnew: torch.Tensor, dfeatures: torch.Tensor, dstats: torch.Tensor):
         features, *saved = ctx.saved_tensors
         kept = saved[len(ctx.needs_input_grad) - 4:]
@@ -491,8 +490,8 @@ class _Transition(Function):
         return _as_maps(out)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dout: torch.Tensor):
+        _check_first_order()
         x, _, _, conv = ctx.saved_tensors
         norm = ctx.norm
         matrix = conv.flatten(1).to(x.dtype)
@@ -507,7 +506,8 @@ class _Transition(Function):
                     _as_maps(d @ matrix), y, [2, 2], [2, 2], [0, 0], False, True, None)
                 daffine += norm.parameter_gradients(_as_pixels(dy), _as_pixels(y), _as_pixels(x[images]))
                 torch.mul(_as_pixels(dy), norm.scale.to(x.dtype), out=_as_pixels(dx[images]))
-            _add_stats_gradient_(_as_pixels(dx), _as_pixels(x), norm.mean, norm.stats_gradient(*daffine))
+            pixels = _as_pixels(dx)
+            _add_stats_gradient(pixels, _as_pixels(x), norm.mean, norm.stats_gradient(*daffine), out=pixels)
         return None, dx, *daffine, dconv[..., None, None]
 
 
