@@ -497,7 +497,7 @@ class _Transition(Function):
         matrix = conv.flatten(1).to(x.dtype)
         daffine = norm.mean.new_zeros((2, x.shape[1]))
         dconv = torch.zeros_like(matrix, dtype=conv.dtype)
-        dx = torch.empty_like(x)
+        dx = torch.empty_like(x, memory_format=torch.channels_last)
         with torch.autocast(x.device.type, enabled=False):
             for images in _parts(x, len(x), x[0].numel()):
                 y, d = _normalized(norm, x[images]), dout[images].permute(0, 2, 3, 1)
