@@ -304,7 +304,8 @@ def test_changes_that_would_spoil_backward_are_named():
             torch.autograd.grad(module(x).sum(), x, create_graph=True)
 
 
-@pytest.mark.parametrize('change', ['eval', 'frozen_norms', 'norms_in_eval', 'one_value', 'hook', 'sync', 'silu', 'layernorm2d'])
+@pytest.mark.parametrize(
+    'change', ['eval', 'frozen_norms', 'norms_in_eval', 'one_value', 'hook', 'sync', 'silu', 'layernorm2d'])
 def test_plain_form_where_the_training_form_does_not_apply(change):
     model = create(
         dtype=torch.float32, act_layer='silu' if change == 'silu' else 'relu',
