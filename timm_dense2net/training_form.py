@@ -31,7 +31,7 @@ from timm.layers import BatchNormAct2d
 
 __all__ = ['block_in_training', 'has_training_form', 'transition_in_training']
 
-# Bytes of one intermediate result that are worked on at a time on a CPU.
+# Bytes of one intermediate result that each thread of a CPU works on at a time.
 CACHE_BYTES = 1 << 20
 
 
@@ -156,7 +156,8 @@ def _update_running_stats(norm: BatchNormAct2d, mean: torch.Tensor, var: torch.T
 
 def _parts(x: torch.Tensor, length: int, row: int) -> Iterator[slice]:
     """Parts of ``length`` rows of ``row`` elements each, to be worked on one after another."""
-    step = max(1, CACHE_BYTES // (row * x.element_size()) if x.device.type == 'cpu' else length)
+    cache_bytes = CACHE_BYTES * torch.get_num_threads()
+    step = max(1, cache_bytes // (row * x.element_size()) if x.device.type == 'cpu' else length)
     return (slice(start, start + step) for start in range(0, length, step))
 
 
