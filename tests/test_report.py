@@ -123,6 +123,8 @@ def test_what_a_run_was_given_beyond_its_recipe_is_told(tmp_path):
     changed = read_run(make_run(tmp_path, 'changed', dict(lr=0.05, epochs=3, drop_path=0.1)))
     assert plain.overrides == '' and plain.epochs == 100 and plain.epochs_trained == 88
     assert changed.overrides == 'drop_path=0.1 epochs=3 lr=0.05' and changed.epochs == 3
+    shape = make_run(tmp_path, 'shape', dict(model_kwargs=dict(block_config=[4, 4])))
+    assert read_run(shape).overrides == "model_kwargs={'block_config':[4,4]}"  # one word
     row, = summarise([changed])
     assert row.title == '`deck_s8` `drop_path=0.1` `epochs=3` `lr=0.05`'
 

@@ -195,9 +195,9 @@ def _overrides(recipe: str, args: Mapping[str, Any], world_size: int) -> str:
         return f'res2net_scale={args["res2net_scale"]}' if args.get('res2net_scale') else ''
     expected = vars(build_parser().parse_args([])) | load_recipe(recipe)
     args = {**args, 'model_kwargs': public_model_kwargs(args.get('model_kwargs') or {})}
-    # A path is not told: that weights were given is.
+    # A path is not told: that weights were given is. Spaces stand between words only.
     words = [
-        name if name in PLACES else f'{name}={args[name]}' for name in sorted(args)
+        name if name in PLACES else f'{name}={args[name]}'.replace(' ', '') for name in sorted(args)
         if name in expected and name not in _NOT_OVERRIDES and args[name] != expected[name]]
     batch = args.get('batch_size', 0) * args.get('grad_accum_steps', 1) * world_size
     if batch != expected['batch_size'] * expected['grad_accum_steps']:
