@@ -129,10 +129,10 @@ def test_images_of_different_sizes_are_resized_as_timm_evaluates(tmp_path):
 
 
 def test_grey_and_palette_images_become_rgb(tmp_path):
-    root = write_folder(tmp_path, classes=('a',), count=1)
+    root = write_folder(tmp_path, classes=('a', 'b'), count=1)
     Image.open(tmp_path / 'train' / 'a' / '0.png').convert('L').save(tmp_path / 'train' / 'a' / '1.png')
     Image.open(tmp_path / 'train' / 'a' / '0.png').convert('P').save(tmp_path / 'train' / 'a' / '2.png')
-    assert load_arrays(root, 'train').images.shape == (3, 3, 12, 12)
+    assert load_arrays(root, 'train').images.shape == (4, 3, 12, 12)
 
 
 def test_missing_folders_are_named(tmp_path):

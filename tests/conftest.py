@@ -1,0 +1,14 @@
+"""What every test has in common."""
+import logging
+
+import pytest
+
+
+@pytest.fixture(autouse=True)
+def _logging_as_it_was():
+    """A command run in this process sets up logging to the output of its test, which is closed when the next runs."""
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    yield
+    root.handlers[:] = handlers
+    root.setLevel(level)
