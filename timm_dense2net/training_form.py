@@ -78,10 +78,15 @@ class _Norm:
 
     def __init__(
             self, mean: torch.Tensor, var: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float) -> None:
-        self.mean, self.var, self.weight, self.eps = mean, var, weight, eps
+        self.mean, self.var, self.weight, self.bias, self.eps = mean, var, weight, bias, eps
         self.invstd = (var + eps).rsqrt()
         self.scale = weight * self.invstd
         self.shift = torch.addcmul(bias, mean, self.scale, value=-1)
+
+    def split(self, width: int) -> List['_Norm']:
+        """Norms of ``width`` channels each."""
+        values = (value.split(width) for value in (self.mean, self.var, self.weight, self.bias))
+        return [_Norm(*channels, self.eps) for channels in zip(*values)]
 
     def forward(self, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
         """relu(norm(x)) of (..., C)."""
@@ -89,12 +94,13 @@ class _Norm:
 
     def backward(self, dy: torch.Tensor, y: torch.Tensor, x: torch.Tensor) -> Tuple[torch.Tensor, ...]:
         """Gradients of x, weight and bias from that of y, all (N, H, W, C); overwrites dy. The statistics are of x."""
-        dx, *daffine = self._backward(_as_maps(_relu_backward_(dy, y)), _as_maps(x), [True, True, True])
+        dx, *daffine = self._backward(_as_maps(_relu_backward(dy, y, out=dy)), _as_maps(x), [True, True, True])
         return dx.permute(0, 2, 3, 1), *daffine
 
-    def parameter_gradients(self, dy: torch.Tensor, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """Gradients (2, C) of weight and bias from a part (pixels, C) of x; makes of dy the gradient of norm(x)."""
-        return torch.stack(self._backward(_relu_backward_(dy, y), x, [False, True, True])[1:])
+    def parameter_gradients(
+            self, dy: torch.Tensor, y: torch.Tensor, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        """Gradients (2, C) of weight and bias from a part (pixels, C) of x; writes the gradient of norm(x) to out."""
+        return torch.stack(self._backward(_relu_backward(dy, y, out), x, [False, True, True])[1:])
 
     def _backward(self, dy: torch.Tensor, x: torch.Tensor, mask: List[bool]) -> Tuple[torch.Tensor, ...]:
         return torch.ops.aten.native_batch_norm_backward(
@@ -110,8 +116,8 @@ def _check_first_order() -> None:
         raise RuntimeError('no second derivatives in training mode: backward was called with create_graph=True')
 
 
-def _relu_backward_(dy: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    return torch.ops.aten.threshold_backward.grad_input(dy, y, 0, grad_input=dy)
+def _relu_backward(dy: torch.Tensor, y: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    return torch.ops.aten.threshold_backward.grad_input(dy, y, 0, grad_input=out)
 
 
 def _as_maps(x: torch.Tensor) -> torch.Tensor:
@@ -132,13 +138,19 @@ def _batch_stats(x: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
     return torch.batch_norm_update_stats(x, running, running, 0.)
 
 
+def _stats_terms(mean: torch.Tensor, gradient: torch.Tensor, count: int) -> Tuple[torch.Tensor, torch.Tensor]:
+    """Offset and slope (C,): the gradients (2, C) of mean and variance of count pixels x add offset + slope x to dx."""
+    dmean, dvar = gradient / count
+    slope = 2. * dvar
+    return torch.addcmul(dmean, mean, slope, value=-1), slope
+
+
 def _add_stats_gradient(
         dx: torch.Tensor, x: torch.Tensor, mean: torch.Tensor, gradient: torch.Tensor, out: torch.Tensor) -> None:
     """Write to out dx and what the gradients (2, C) of mean and variance of x add to it; all (pixels, C)."""
-    dmean, dvar = gradient / x.shape[0]
-    scale = 2. * dvar
+    offset, slope = _stats_terms(mean, gradient, x.shape[0])
     for part in _parts(x, *x.shape):
-        torch.add(dx[part], torch.addcmul(dmean, x[part] - mean, scale), out=out[part])
+        torch.add(dx[part], torch.addcmul(offset, x[part], slope), out=out[part])
 
 
 def _update_running_stats(norm: BatchNormAct2d, mean: torch.Tensor, var: torch.Tensor, count: int) -> None:
@@ -270,7 +282,7 @@ class _LayerPass:
         weight, bias, conv1, weight2, bias2, *rest = parameters
         self.norm1 = _Norm(*buffers.stats[:, :self.in_chs], weight, bias, layer.norm1.eps)
         self.conv1 = conv1.flatten(1).to(dtype)
-        self.affines2 = list(zip(weight2.split(self.width), bias2.split(self.width)))
+        self.affine2 = (weight2, bias2)
         if self.has_hierarchy:
             self.conv3 = rest.pop().flatten(1).to(dtype)
         self.convs = [w.to(dtype, memory_format=torch.channels_last) for w in rest[::3]]
@@ -279,10 +291,11 @@ class _LayerPass:
     def forward(self, features: torch.Tensor) -> Tuple[torch.Tensor, List[torch.Tensor]]:
         """Output (N, C, H, W) of the last convolution; outputs of conv1 and of the hierarchy's convolutions."""
         bottleneck = self._bottleneck(features[:, :self.in_chs])
-        self.norms2 = [
-            _Norm(*_batch_stats(_as_maps(x)), *affine, self.layer.norm2.eps)
-            for x, affine in zip(bottleneck, self.affines2)]
-        ys = self._scratch('y', bottleneck).unbind()
+        stats2 = [torch.cat(stats) for stats in zip(*(_batch_stats(_as_maps(x)) for x in bottleneck))]
+        self.norm2 = _Norm(*stats2, *self.affine2, self.layer.norm2.eps)
+        self.norms2 = self.norm2.split(self.width)
+        y_splits = self._scratch('y', bottleneck)
+        ys = y_splits.unbind()
         for norm, x, y in zip(self.norms2, bottleneck, ys):
             norm.forward(x, y)
         outputs, self.norms = [], []
@@ -292,7 +305,7 @@ class _LayerPass:
             norm.forward(z, ys[i + 1])
             outputs.append(z)
             self.norms.append(norm)
-        new = self._conv3(ys) if self.has_hierarchy else self._conv(0, ys[0])
+        new = self._conv3(y_splits) if self.has_hierarchy else self._conv(0, ys[0])
         return _as_maps(new), [bottleneck, *outputs]
 
     def _scratch(self, name: str, like: torch.Tensor) -> torch.Tensor:
@@ -326,19 +339,18 @@ class _LayerPass:
             _as_maps(dy), _as_maps(x), self.convs[i], None, *args, [True, True, False])
         return dx.permute(0, 2, 3, 1).contiguous(), dweight
 
-    def _conv3(self, ys: Sequence[torch.Tensor]) -> torch.Tensor:
-        """conv3 (N, H, W, C) of the hierarchy's output."""
-        pixels = [y.flatten(0, 2) for y in ys]
-        out = ys[0].new_empty((len(pixels[0]), len(self.conv3)))
+    def _conv3(self, ys: torch.Tensor) -> torch.Tensor:
+        """conv3 (N, H, W, C) of the hierarchy's output (splits, N, H, W, width)."""
+        pixels = ys.flatten(1, 3)
+        out = ys.new_empty((pixels.shape[1], len(self.conv3)))
         for part in _parts(out, len(out), self.splits * self.width):
-            torch.mm(_merge(pixels, part), self.conv3.t(), out=out[part])
+            torch.mm(_merge(pixels[:, part]), self.conv3.t(), out=out[part])
         return out.view(*self.buffers.size, -1)
 
     def update_running_stats(self) -> None:
         layer, count = self.layer, math.prod(self.buffers.size)
         _update_running_stats(layer.norm1, self.norm1.mean, self.norm1.var, count)
-        mean, var = (torch.cat(stats) for stats in zip(*((norm.mean, norm.var) for norm in self.norms2)))
-        _update_running_stats(layer.norm2, mean, var, count)
+        _update_running_stats(layer.norm2, self.norm2.mean, self.norm2.var, count)
         for module, norm in zip(getattr(layer.conv2, 'norms', []), self.norms):
             _update_running_stats(module, norm.mean, norm.var, count)
 
@@ -354,73 +366,90 @@ class _LayerPass:
         bottleneck, *outputs = kept
         xs, sums, ys = self._activations(bottleneck, outputs)
         dys, dlast = self._last_conv_backward(dnew.permute(0, 2, 3, 1), ys)
-        dxs, daffines2 = [dys[0]], []
-        dhierarchy = []
-        for i in reversed(range(len(outputs))):
-            dz, *daffine = self.norms[i].backward(dys[i + 1], ys[i + 1], outputs[i])
-            dx, dconv = self._conv_backward(i, dz, sums[i + 1])
-            dys[i].add_(dx)
-            dxs.insert(1, dx)
-            dhierarchy = [dconv, *daffine, *dhierarchy]
-        dbottleneck = []
-        for norm, dx, y, x in zip(self.norms2, dxs, xs, bottleneck):
-            dx, *daffine = norm.backward(dx, y, x)
-            dbottleneck.append(dx.flatten(0, 2))
-            daffines2.append(daffine)
-        dweight2, dbias2 = (torch.cat(parts) for parts in zip(*daffines2))
+        dhierarchy, daffines2 = [], []
+        for i in reversed(range(self.splits)):
+            dx = dys[i]
+            if i > 0:
+                dz, *daffine = self.norms[i - 1].backward(dys[i], ys[i], outputs[i - 1])
+                dx, dconv = self._conv_backward(i - 1, dz, sums[i])
+                dys[i - 1].add_(dx)
+                dhierarchy = [dconv, *daffine, *dhierarchy]
+            pixels = (t.flatten(0, 2) for t in (dx, xs[i], bottleneck[i], ys[i]))
+            daffines2.insert(0, self.norms2[i].parameter_gradients(*pixels))
+        dweight2, dbias2 = daffine2 = torch.cat(daffines2, 1)
         daffine1, dconv1 = self._bottleneck_backward(
-            features[:, :self.in_chs], dbottleneck, dfeatures[:, :self.in_chs])
+            features[:, :self.in_chs], bottleneck, ys, daffine2, dfeatures[:, :self.in_chs])
         dstats[:, :self.in_chs] += self.norm1.stats_gradient(*daffine1)
         return [*daffine1, dconv1[..., None, None], dweight2, dbias2, *dhierarchy, dlast]
 
     def _activations(
             self, bottleneck: torch.Tensor, outputs: Sequence[torch.Tensor]) -> Tuple[Sequence[torch.Tensor], ...]:
         """Splits of the hierarchy's input, of its convolutions' inputs (not the first) and of its output."""
-        xs, sums, ys = (self._scratch(name, bottleneck).unbind() for name in ('x', 'sum', 'y'))
-        ys = [xs[0], *ys[1:]]
-        self.norms2[0].forward(bottleneck[0], xs[0])
+        xs, sums, ys = (self._scratch(name, bottleneck) for name in ('x', 'sum', 'y'))
+        self.norms2[0].forward(bottleneck[0], ys[0])
         for i, (norm, z) in enumerate(zip(self.norms, outputs)):
             torch.add(self.norms2[i + 1].forward(bottleneck[i + 1], xs[i + 1]), ys[i], out=sums[i + 1])
             norm.forward(z, ys[i + 1])
-        return xs, sums, ys
+        return [ys[0], *xs[1:]], sums, ys
 
-    def _last_conv_backward(
-            self, dnew: torch.Tensor, ys: Sequence[torch.Tensor]) -> Tuple[Sequence[torch.Tensor], torch.Tensor]:
+    def _last_conv_backward(self, dnew: torch.Tensor, ys: torch.Tensor) -> Tuple[Sequence[torch.Tensor], torch.Tensor]:
         """Gradients of the hierarchy's output splits (N, H, W, width) and of the last convolution's weight."""
         if not self.has_hierarchy:
             dy, dconv = self._conv_backward(0, dnew, ys[0])
             return [dy], dconv
-        dys = self._scratch('dy', ys[0])
-        dnew, dpixels, pixels = dnew.flatten(0, 2), dys.flatten(1, 3), [y.flatten(0, 2) for y in ys]
+        dys = self._scratch('dy', ys)
+        dnew, dpixels, pixels = dnew.flatten(0, 2), dys.flatten(1, 3), ys.flatten(1, 3)
         dconv = torch.zeros_like(self.conv3, dtype=self.norm1.weight.dtype)
         for part in _parts(dnew, len(dnew), self.splits * self.width):
-            dconv += dnew[part].t() @ _merge(pixels, part)
+            dconv += dnew[part].t() @ _merge(pixels[:, part])
             dpixels[:, part] = self._split(dnew[part] @ self.conv3)
-        return dys.unbind(), dconv[..., None, None]
+        return dys, dconv[..., None, None]
 
     def _bottleneck_backward(
             self,
             features: torch.Tensor,
-            dbottleneck: Sequence[torch.Tensor],
+            bottleneck: torch.Tensor,
+            dnormed: torch.Tensor,
+            daffine2: torch.Tensor,
             dfeatures: torch.Tensor,
     ) -> Tuple[torch.Tensor, torch.Tensor]:
-        """Gradients (2, C) of norm1's weight and bias, and of conv1's weight; adds to dfeatures."""
+        """Gradients (2, C) of norm1's weight and bias, and of conv1's weight; adds to dfeatures.
+
+        Those of norm2's output before its activation, and of its weight and bias, are given.
+        """
+        norm2 = self.norm2
+        offset, slope = _stats_terms(norm2.mean, norm2.stats_gradient(*daffine2), len(features))
+        terms = [t.view(self.splits, self.width) for t in (offset, slope, norm2.scale)]
         daffine = torch.zeros_like(self.buffers.stats[:, :self.in_chs])
         dconv = torch.zeros_like(self.conv1, dtype=daffine.dtype)
         scale = self.norm1.scale.to(features.dtype)
         for part in _parts(features, *features.shape):
-            x, d = features[part].contiguous(), _merge(dbottleneck, part)
+            x, d = features[part].contiguous(), self._dbottleneck(bottleneck, dnormed, part, *terms)
             y = self.norm1.forward(x, torch.empty_like(x))
             dconv += d.t() @ y
             dy = d @ self.conv1
-            daffine += self.norm1.parameter_gradients(dy, y, x)
+            daffine += self.norm1.parameter_gradients(dy, y, x, out=dy)
             dfeatures[part].addcmul_(dy, scale)
         return daffine, dconv
 
+    def _dbottleneck(
+            self,
+            bottleneck: torch.Tensor,
+            dnormed: torch.Tensor,
+            part: slice,
+            offset: torch.Tensor,
+            slope: torch.Tensor,
+            scale: torch.Tensor,
+    ) -> torch.Tensor:
+        """A part (rows, splits * width) of the gradient of conv1's output: offset + slope x + scale dnormed."""
+        x, dnormed = (t.flatten(1, 3)[:, part].transpose(0, 1) for t in (bottleneck, dnormed))
+        d = torch.addcmul(offset, x, slope, out=x.new_empty(x.shape))
+        return d.addcmul_(dnormed, scale).flatten(1)
 
-def _merge(splits: Sequence[torch.Tensor], part: slice) -> torch.Tensor:
-    """Rows (rows, splits * width) of the splits (pixels, width)."""
-    return splits[0][part] if len(splits) == 1 else torch.cat([split[part] for split in splits], 1)
+
+def _merge(splits: torch.Tensor) -> torch.Tensor:
+    """(rows, splits * width) of (splits, rows, width)."""
+    return splits.transpose(0, 1).flatten(1)
 
 
 class _NewFeatures(Function):
@@ -503,10 +532,10 @@ class _Transition(Function):
             for images in _parts(x, len(x), x[0].numel()):
                 y, d = _normalized(norm, x[images]), dout[images].permute(0, 2, 3, 1)
                 dconv += d.flatten(0, 2).t() @ _as_pixels(F.avg_pool2d(y, 2))
-                dy = torch.ops.aten.avg_pool2d_backward(
-                    _as_maps(d @ matrix), y, [2, 2], [2, 2], [0, 0], False, True, None)
-                daffine += norm.parameter_gradients(_as_pixels(dy), _as_pixels(y), _as_pixels(x[images]))
-                torch.mul(_as_pixels(dy), norm.scale.to(x.dtype), out=_as_pixels(dx[images]))
+                dy = _as_pixels(torch.ops.aten.avg_pool2d_backward(
+                    _as_maps(d @ matrix), y, [2, 2], [2, 2], [0, 0], False, True, None))
+                daffine += norm.parameter_gradients(dy, _as_pixels(y), _as_pixels(x[images]), out=dy)
+                torch.mul(dy, norm.scale.to(x.dtype), out=_as_pixels(dx[images]))
             pixels = _as_pixels(dx)
             _add_stats_gradient(pixels, _as_pixels(x), norm.mean, norm.stats_gradient(*daffine), out=pixels)
         return None, dx, *daffine, dconv[..., None, None]
