@@ -11,7 +11,7 @@ import timm
 import torch
 
 import timm_dense2net  # noqa: F401
-from timm_dense2net.checkpoint import save_weights
+from timm_dense2net.checkpoint import load_weights, save_weights
 from timm_dense2net.export import main
 from timm_dense2net.trained import load_trained
 
@@ -162,6 +162,19 @@ def test_export_of_other_logits_leaves_no_file(tmp_path, capsys):
     assert err.startswith('error: the exported model differs from the PyTorch model by nan on images of shape 1x3x32')
     assert output.read_bytes() == b'the one before'
     assert os.listdir(output.parent) == ['model.pt2']
+
+
+def test_export_that_takes_fewer_sizes_leaves_no_file(tmp_path, capsys):
+    # Three transitions leave two pixels of 16 and one of 12.
+    weights = save_random(tmp_path / 'small.safetensors', block_config=(1, 1, 1, 1))
+    state, metadata = load_weights(weights)
+    save_weights(weights, state, {**metadata, 'input_size': '[3, 16, 16]'})
+    output = tmp_path / 'out' / 'model.pt2'
+    output.parent.mkdir()
+    assert torch_export(weights, output, '--fuse') == 1
+    err = capsys.readouterr().err
+    assert err.startswith('error: the exported model does not take images of shape 1x3x12x16') and err.count('\n') == 1
+    assert not os.listdir(output.parent)
 
 
 @pytest.mark.parametrize('args, code, message', [
