@@ -8,9 +8,7 @@ takes longer than --max-seconds or more memory than there is. Writes growth.md, 
 """
 import argparse
 import copy
-import csv
 import multiprocessing
-import os
 import statistics
 import time
 from pathlib import Path
@@ -25,6 +23,7 @@ from tqdm import tqdm
 
 from memory import peak_mb_of
 from timm_dense2net.dense2net import Dense2Net
+from timm_dense2net.results import new_figure, replace_file, save_figure, write_csv
 
 DEVICE = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
 BATCHES = (1, 4, 16, 64, 256, 1024)
@@ -121,22 +120,18 @@ def write_tables(model: str, rows: List[Dict[str, Any]], out: Path) -> str:
     lines += ['', 'Superlinear growth:' if found else 'No superlinear growth.'] + [f'* {line}' for line in found]
     text = '\n'.join(lines) + '\n'
     out.mkdir(parents=True, exist_ok=True)
-    (out / 'growth.md.tmp').write_text(text)
-    os.replace(out / 'growth.md.tmp', out / 'growth.md')
-    with open(out / 'growth.csv.tmp', 'w', newline='') as f:
-        writer = csv.DictWriter(f, COLUMNS)
-        writer.writeheader()
-        writer.writerows(rows)
-    os.replace(out / 'growth.csv.tmp', out / 'growth.csv')
+    with replace_file(out / 'growth.md') as temporary:
+        temporary.write_text(text)
+    write_csv(out / 'growth.csv', COLUMNS, ([row[c] for c in COLUMNS] for row in rows))
     return text
 
 
 def plot(rows: List[Dict[str, Any]], out: Path) -> None:
-    import matplotlib
-    matplotlib.use('Agg')
-    import matplotlib.pyplot as plt
     axes_names = ('batch', 'resolution', 'scale', 'depth')
-    figure, axes = plt.subplots(2, 4, figsize=(14, 6), layout='constrained')
+    figure = new_figure(14, 6)
+    if figure is None:
+        return
+    axes = figure.subplots(2, 4)
     for i, (key, label) in enumerate((('images_per_s', 'images/s'), ('peak_mb', 'peak MiB'))):
         for axis, name in zip(axes[i], axes_names):
             for mode in dict.fromkeys(r['mode'] for r in rows):
@@ -144,8 +139,7 @@ def plot(rows: List[Dict[str, Any]], out: Path) -> None:
                 axis.plot([r['value'] for r in part], [r[key] for r in part], marker='o', label=mode)
             axis.set(xlabel=name, ylabel=label, yscale='log', xscale='log' if name == 'batch' else 'linear')
     axes[0][0].legend()
-    figure.savefig(out / 'growth.png.tmp', format='png', dpi=120)
-    os.replace(out / 'growth.png.tmp', out / 'growth.png')
+    save_figure(figure, out / 'growth.png')
 
 
 def main() -> None:

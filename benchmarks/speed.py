@@ -8,9 +8,7 @@ ratio is the median over the rounds of a network's time over the slides' network
 first call are measured in a process of their own for each network. Writes speed.md, speed.csv and speed.png.
 """
 import argparse
-import csv
 import json
-import os
 import platform
 import statistics
 import subprocess
@@ -30,6 +28,7 @@ from tqdm import tqdm
 import timm_dense2net  # noqa: F401
 from memory import peak_mb_of
 from reference import PlainDense2Net
+from timm_dense2net.results import new_figure, replace_file, save_figure, write_csv
 
 DEVICE = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
 CONTENDERS = {
@@ -189,16 +188,11 @@ def machine() -> str:
     if DEVICE.type == 'cuda':
         return torch.cuda.get_device_name()
     cpu = platform.processor() or platform.machine()
-    if os.path.exists('/proc/cpuinfo'):
-        with open('/proc/cpuinfo') as f:
-            cpu = next((line.split(':')[1].strip() for line in f if line.startswith('model name')), cpu)
+    info = Path('/proc/cpuinfo')
+    if info.exists():
+        lines = info.read_text().splitlines()
+        cpu = next((line.split(':')[1].strip() for line in lines if line.startswith('model name')), cpu)
     return f'{torch.get_num_threads()} threads of {cpu}'
-
-
-def write(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + '.tmp')
-    temporary.write_text(text)
-    os.replace(temporary, path)
 
 
 def write_tables(rows: List[Dict[str, Any]], scale: int, rounds: int, rates: Tuple[float, float], out: Path) -> str:
@@ -218,22 +212,18 @@ def write_tables(rows: List[Dict[str, Any]], scale: int, rounds: int, rates: Tup
                      if name in {r['network'] for r in rows}]
     text = '\n'.join(lines) + '\n'
     out.mkdir(parents=True, exist_ok=True)
-    write(out / 'speed.md', text)
-    with open(out / 'speed.csv.tmp', 'w', newline='') as f:
-        writer = csv.DictWriter(f, COLUMNS)
-        writer.writeheader()
-        writer.writerows(rows)
-    os.replace(out / 'speed.csv.tmp', out / 'speed.csv')
+    with replace_file(out / 'speed.md') as temporary:
+        temporary.write_text(text)
+    write_csv(out / 'speed.csv', COLUMNS, ([row[c] for c in COLUMNS] for row in rows))
     return text
 
 
 def plot(rows: List[Dict[str, Any]], scale: int, out: Path) -> None:
-    import matplotlib
-    matplotlib.use('Agg')
-    import matplotlib.pyplot as plt
     groups = sorted({(r['mode'], r['batch']) for r in rows})
-    figure, axes = plt.subplots(1, len(groups), figsize=(4 * len(groups), 3.2), layout='constrained', squeeze=False)
-    for axis, (mode, batch) in zip(axes[0], groups):
+    figure = new_figure(4 * len(groups), 3.2)
+    if figure is None:
+        return
+    for axis, (mode, batch) in zip(figure.subplots(1, len(groups), squeeze=False)[0], groups):
         part = [r for r in rows if (r['mode'], r['batch']) == (mode, batch)]
         bars = axis.barh([r['network'] for r in part], [r['ratio'] for r in part])
         axis.bar_label(bars, fmt='%.2f', padding=2)
@@ -242,8 +232,7 @@ def plot(rows: List[Dict[str, Any]], scale: int, out: Path) -> None:
         axis.margins(x=0.15)
         axis.set(title=f'{mode}, batch {batch}', xlabel="times the slides' speed")
     figure.suptitle(f'dense2net121_s{scale} on {machine()}')
-    figure.savefig(out / 'speed.png.tmp', format='png', dpi=120)
-    os.replace(out / 'speed.png.tmp', out / 'speed.png')
+    save_figure(figure, out / 'speed.png')
 
 
 def main() -> None:
