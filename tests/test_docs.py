@@ -101,8 +101,9 @@ def folder(tmp_path_factory):
     for name in ('cat.jpg', 'pictures/1.png', 'more/and/more/2.png'):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(picture)
+    (folder / 'results').mkdir()
     for name in ('README.md', 'results/results.csv'):
-        (folder / Path(name).name).write_bytes((ROOT / name).read_bytes())
+        (folder / name).write_bytes((ROOT / name).read_bytes())
     torch.manual_seed(0)
     state_dict = timm.create_model('dense2net121_s4', num_classes=10).state_dict()
     save_weights(folder / 'enlarged.safetensors', state_dict, dict(model='dense2net121_s4', num_classes='10'))

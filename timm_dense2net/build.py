@@ -123,11 +123,11 @@ def build_model(args: argparse.Namespace, images: Images, with_weights: bool = T
         raise ValueError(
             '--freeze-stages keeps weights as they are, and the layers that --res2net-scale makes have random ones:'
             ' give one of the two')
-    shape = dict(
-        num_classes=images.num_classes, in_chans=images.image_shape[0], drop_rate=args.drop,
-        drop_path_rate=args.drop_path, **args.model_kwargs)
     weights = {}
     try:
+        shape = dict(
+            num_classes=images.num_classes, in_chans=images.image_shape[0], drop_rate=args.drop,
+            drop_path_rate=args.drop_path, **args.model_kwargs)
         if with_weights and args.pretrained_path:
             bare = timm.create_model(args.model, **shape)
             overlay = pretrained_overlay(args.pretrained_path, bare, images.class_names)

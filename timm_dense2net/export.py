@@ -1,6 +1,6 @@
 """`python -m timm_dense2net export`: a model as a file that runs without this package.
 
-    export --model dense2net121_s8 --fuse --output dense2net121_s8.onnx                for ONNX Runtime and others
+    export --model dense2net40_k12_s4 --fuse --output dense2net40_k12_s4.onnx                for ONNX Runtime and others
     export --checkpoint output/RUN --format torch-export --output model.pt2            for PyTorch alone
 
 Both take float32 images (batch, channels, height, width), normalized, of any batch and image size, and give logits

@@ -178,7 +178,7 @@ trained on {dataset_name} with `timm_dense2net`.
 ## Use
 
 ```bash
-pip install timm_dense2net
+pip install .    # in a checkout of timm_dense2net
 ```
 
 ```python
@@ -201,8 +201,8 @@ for probability, index in zip(*probabilities.topk(min(5, model.num_classes))):
 
 ## Training
 
-All arguments are in `recipe.yaml` (`train_cifar.py --recipe recipe.yaml` trains it again), the figures of each epoch
-in `summary.csv`.
+All arguments are in `recipe.yaml` (in a checkout of timm_dense2net `python train_cifar.py --recipe recipe.yaml` trains
+it again; `--data-dir` says where the data is), the figures of each epoch in `summary.csv`.
 {pictures}
 ## Licence
 

@@ -13,6 +13,7 @@ import csv
 import dataclasses
 import json
 import math
+import os
 import statistics
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -413,6 +414,11 @@ def replace_block(text: str, block: str) -> str:
     return f'{text[:text.index(BEGIN)]}{BEGIN}\n{block}{text[text.index(END):]}'
 
 
+def _beside(path: Path, readme: Path) -> str:
+    """A path as it is written in a page's folder."""
+    return Path(os.path.relpath(path, readme.parent)).as_posix()
+
+
 def update_readme(readme: Path, results_path: Path, check: bool) -> None:
     """Writes, or only checks, the README's table.
 
@@ -424,7 +430,7 @@ def update_readme(readme: Path, results_path: Path, check: bool) -> None:
     except OSError as e:
         raise ValueError(f'{readme}: {e.strerror}') from None
     try:
-        new = replace_block(text, readme_block(read_results(results_path), results_path.name))
+        new = replace_block(text, readme_block(read_results(results_path), _beside(results_path, readme)))
     except ValueError as e:
         raise ValueError(f'{readme}: {e}') from None
     if new == text:

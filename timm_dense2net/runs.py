@@ -26,7 +26,7 @@ from .checkpoint import CHECKPOINT_FILE, PREVIOUS_FILE, load_state, load_weights
 from .counts import count_macs, count_params
 from .distributed import Processes
 from .engine import predict
-from .options import ARGS_FILE, public_model_kwargs, saved_args
+from .options import ARGS_FILE, public_args, saved_args
 from .results import replace_file, update_curves, write_final_report
 from .trainer import Trainer
 
@@ -146,12 +146,13 @@ def write_run_results(args: argparse.Namespace, data: RunData, trainer: Trainer)
     unfreeze(model)
     world_size, train_seconds = trainer.processes.world_size, trainer.seconds['train']
     images = trainer.epoch * len(trainer.train_loader) * args.batch_size * world_size
+    public = public_args(saved_args(args), args.model)
     result = dict(
         model=args.model,
-        model_kwargs=public_model_kwargs(args.model_kwargs),
+        model_kwargs=public['model_kwargs'],
         res2net_scale=args.res2net_scale,
         recipe=args.recipe,
-        dataset=args.dataset,
+        dataset=public['dataset'],
         seed=args.seed,
         params=count_params(model),
         macs=count_macs(model, data.test.image_shape),

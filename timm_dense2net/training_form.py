@@ -20,7 +20,7 @@ The first term of dx is added up over all layers that read x in one matrix, and 
 two follow once, when these sums are complete: in the backward pass of what made x.
 """
 import math
-from typing import Any, Iterator, List, Sequence, Tuple
+from typing import Any, Iterator, List, Optional, Sequence, Tuple
 
 import torch
 import torch.nn as nn
@@ -308,8 +308,8 @@ class _LayerPass:
         new = self._conv3(y_splits) if self.has_hierarchy else self._conv(0, ys[0])
         return _as_maps(new), [bottleneck, *outputs]
 
-    def _scratch(self, name: str, like: torch.Tensor) -> torch.Tensor:
-        return self.buffers.scratch(name, self.splits, self.width, like)
+    def _scratch(self, name: str, like: torch.Tensor, splits: Optional[int] = None) -> torch.Tensor:
+        return self.buffers.scratch(name, splits or self.splits, self.width, like)
 
     def _bottleneck(self, features: torch.Tensor) -> torch.Tensor:
         """Output of conv1 (splits, N, H, W, width)."""
@@ -364,33 +364,28 @@ class _LayerPass:
     ) -> List[torch.Tensor]:
         """Add the gradients of features (pixels, C) and stats (2, C) to those given, return the parameters'."""
         bottleneck, *outputs = kept
-        xs, sums, ys = self._activations(bottleneck, outputs)
+        ys = self._scratch('y', bottleneck)
+        for norm, x, y in zip([self.norms2[0], *self.norms], [bottleneck[0], *outputs], ys):
+            norm.forward(x, y)
         dys, dlast = self._last_conv_backward(dnew.permute(0, 2, 3, 1), ys)
         dhierarchy, daffines2 = [], []
         for i in reversed(range(self.splits)):
-            dx = dys[i]
+            x, dx = ys[0], dys[i]
             if i > 0:
+                x = self.norms2[i].forward(bottleneck[i], self._scratch('x', ys, splits=1)[0])
+                total = torch.add(x, ys[i - 1], out=self._scratch('sum', ys, splits=1)[0])
                 dz, *daffine = self.norms[i - 1].backward(dys[i], ys[i], outputs[i - 1])
-                dx, dconv = self._conv_backward(i - 1, dz, sums[i])
+                dx, dconv = self._conv_backward(i - 1, dz, total)
                 dys[i - 1].add_(dx)
                 dhierarchy = [dconv, *daffine, *dhierarchy]
-            pixels = (t.flatten(0, 2) for t in (dx, xs[i], bottleneck[i], ys[i]))
+            # The hierarchy's outputs are not read again from here on: their place takes the gradients of its input.
+            pixels = (t.flatten(0, 2) for t in (dx, x, bottleneck[i], ys[i]))
             daffines2.insert(0, self.norms2[i].parameter_gradients(*pixels))
         dweight2, dbias2 = daffine2 = torch.cat(daffines2, 1)
         daffine1, dconv1 = self._bottleneck_backward(
             features[:, :self.in_chs], bottleneck, ys, daffine2, dfeatures[:, :self.in_chs])
         dstats[:, :self.in_chs] += self.norm1.stats_gradient(*daffine1)
         return [*daffine1, dconv1[..., None, None], dweight2, dbias2, *dhierarchy, dlast]
-
-    def _activations(
-            self, bottleneck: torch.Tensor, outputs: Sequence[torch.Tensor]) -> Tuple[Sequence[torch.Tensor], ...]:
-        """Splits of the hierarchy's input, of its convolutions' inputs (not the first) and of its output."""
-        xs, sums, ys = (self._scratch(name, bottleneck) for name in ('x', 'sum', 'y'))
-        self.norms2[0].forward(bottleneck[0], ys[0])
-        for i, (norm, z) in enumerate(zip(self.norms, outputs)):
-            torch.add(self.norms2[i + 1].forward(bottleneck[i + 1], xs[i + 1]), ys[i], out=sums[i + 1])
-            norm.forward(z, ys[i + 1])
-        return [ys[0], *xs[1:]], sums, ys
 
     def _last_conv_backward(self, dnew: torch.Tensor, ys: torch.Tensor) -> Tuple[Sequence[torch.Tensor], torch.Tensor]:
         """Gradients of the hierarchy's output splits (N, H, W, width) and of the last convolution's weight."""
