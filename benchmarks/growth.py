@@ -11,6 +11,8 @@ import copy
 import multiprocessing
 import statistics
 import time
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple
 
@@ -81,11 +83,13 @@ def point_in_process(*args: Any) -> Optional[Dict[str, float]]:
             return run_point(*args)
         except torch.cuda.OutOfMemoryError:
             return None
-    with multiprocessing.get_context('spawn').Pool(1) as pool:
+    with ProcessPoolExecutor(1, multiprocessing.get_context('spawn')) as pool:
         try:
-            return pool.apply(run_point, args)
-        except (RuntimeError, MemoryError) as error:
-            if 'allocate memory' not in str(error) and not isinstance(error, MemoryError):
+            return pool.submit(run_point, *args).result()
+        except (BrokenProcessPool, MemoryError):  # the system kills what takes too much
+            return None
+        except RuntimeError as error:
+            if 'allocate memory' not in str(error):
                 raise
             return None
 
@@ -156,6 +160,7 @@ def main() -> None:
     if args.batch < 1:
         parser.error(f'--batch must be at least 1, got {args.batch}')
     rows: List[Dict[str, Any]] = []
+    text = 'Not one point could be measured.'
     stopped = set()
     points = [(mode, *point) for mode in args.modes for point in sweeps(args.model, args.batch)]
     for mode, axis, value, batch, size, kwargs in tqdm(points):

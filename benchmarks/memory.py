@@ -15,7 +15,7 @@ def peak_mb_of(step: Callable[[], Any]) -> float:
         before = torch.cuda.memory_allocated()
         step()
         return (torch.cuda.max_memory_allocated() - before) / 2**20
-    # What making the network has freed is still this process's: a small step would find room there and seem to need none.
+    # What making the network has freed is still this process's: a small step would fit there and seem to need none.
     if hasattr(ctypes.CDLL(None), 'malloc_trim'):
         ctypes.CDLL(None).malloc_trim(0)
     # getrusage's peak would be that of making the network, or of the process which started this one.

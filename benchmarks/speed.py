@@ -251,6 +251,8 @@ def main() -> None:
         return
     if args.rounds < 1 or args.train_batch < 0 or min(args.batches, default=1) < 1:
         parser.error('--rounds and --batches must be at least 1, --train-batch at least 0')
+    if not args.batches and not args.train_batch:
+        parser.error('nothing to measure: --batches names no batch size, and --train-batch is 0')
     names = [n for n in CONTENDERS if n == 'deck' or n in args.only]
     # Not of bfloat16 unasked: a CPU that does not compute in it takes minutes.
     rates = {half: machine_rates(torch.bfloat16 if half else torch.float32)

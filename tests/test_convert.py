@@ -8,6 +8,7 @@ import torch
 import torch.nn as nn
 from timm.models import group_parameters
 from timm.optim import create_optimizer_v2
+from timm.utils import reparameterize_model
 
 from timm_dense2net import SplitHierarchyConv2d
 from timm_dense2net.checkpoint import save_weights
@@ -78,6 +79,22 @@ def test_densenet_becomes_dense2net():
     x = images(2, 3, 32, 32)
     with torch.no_grad():
         torch.testing.assert_close(model(x), dense2net(x), rtol=0, atol=0)
+        fused = reparameterize_model(model)(x)
+        torch.testing.assert_close(fused, dense2net(x), rtol=1e-4, atol=1e-4)
+
+
+def test_converted_densenet_trains_as_dense2net():
+    model = convert_res2net(timm.create_model('densenet121_cifar', block_config=(2, 2)).double(), scale=4).train()
+    dense2net = timm.create_model('dense2net121_s4', block_config=(2, 2)).double().train()
+    dense2net.load_state_dict({
+        name.replace('conv2.hierarchy', 'conv2').replace('conv2.proj', 'conv3'): tensor
+        for name, tensor in model.state_dict().items()})
+    x = images(2, 3, 8, 8).double()
+    gradients = []
+    for net in (model, dense2net):
+        net(x).square().sum().backward()
+        gradients.append(net.features.conv0.weight.grad)
+    torch.testing.assert_close(*gradients)
 
 
 def net(*convs, first_conv=None):

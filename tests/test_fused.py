@@ -234,3 +234,34 @@ def test_state_of_the_fused_net_round_trips():
 def test_meta_device():
     fused = reparameterize_model(timm.create_model('dense2net121_s8', device='meta').eval())
     assert fused(torch.empty(2, 3, 32, 32, device='meta')).shape == (2, 100)
+
+
+@torch.no_grad()
+def test_hooks_are_called():
+    fused = reparameterize_model(create())
+    x = images(2, 3, 32, 32)
+    expected = fused(x)
+    block = fused.features.denseblock2
+    for module in (block, block.denselayer2):
+        seen = []
+        handle = module.register_forward_hook(lambda *args: seen.append(args))
+        torch.testing.assert_close(fused(x), expected)
+        handle.remove()
+        assert len(seen) == 1
+
+
+def replace_layers(model):
+    model.features.transition1.pool = torch.nn.Identity()
+    layer = model.features.denseblock1.denselayer2
+    layer.conv1 = torch.nn.Conv2d(layer.conv1.in_channels, layer.conv1.out_channels, 1, bias=True)
+    return model
+
+
+@torch.no_grad()
+def test_replaced_layers_stay():
+    model = replace_layers(create())
+    fused = reparameterize_model(model)
+    assert isinstance(fused.features.denseblock2, FusedDenseBlock)
+    assert not isinstance(fused.features.denseblock1, FusedDenseBlock)
+    x = images(2, 3, 32, 32)
+    torch.testing.assert_close(fused(x), model(x), rtol=1e-4, atol=1e-4)

@@ -10,6 +10,8 @@ from safetensors.torch import load_file, save_file
 
 import timm_dense2net  # noqa: F401
 from timm_dense2net import packaged
+from timm_dense2net.checkpoint import save_weights
+from timm_dense2net.classes import CIFAR100_CLASSES
 from timm_dense2net.evaluate import main as evaluate_main
 
 ROOT = Path(__file__).parent.parent
@@ -81,6 +83,21 @@ def test_damaged_weights_are_refused(tmp_path, monkeypatch, no_cache):
         packaged.check_packaged(str(tmp_path / path.name))
     with pytest.raises(RuntimeError, match='not there'):
         packaged.check_packaged(str(tmp_path / 'absent.safetensors'))
+
+
+@pytest.mark.parametrize('changed, message', [
+    (dict(num_classes='10'), '100 classes'),
+    (dict(model_args='{"growth_rate": 16}'), 'growth_rate'),
+    (dict(class_names='["cat", "dog"]'), "CIFAR-100's classes"),
+    (dict(res2net_conversion='{}'), 'converted'),
+])
+def test_weights_that_fit_no_name_are_not_packaged(changed, message, tmp_path, monkeypatch):
+    metadata = dict(model=NAME, num_classes='100', model_args='{}', class_names=json.dumps(CIFAR100_CLASSES))
+    save_weights(tmp_path / 'last.safetensors', timm.create_model(NAME).state_dict(), metadata | changed)
+    monkeypatch.setattr(packaged, 'WEIGHTS_DIR', tmp_path / 'weights')
+    with pytest.raises(ValueError, match=message):
+        packaged.package_run(tmp_path, 'quick')
+    assert not (tmp_path / 'weights').exists()
 
 
 @pytest.mark.skipif(not CIFAR100.is_dir(), reason='needs ../shared/cifar100, the CIFAR-100 parquet files')

@@ -305,7 +305,7 @@ def test_changes_that_would_spoil_backward_are_named():
 
 
 @pytest.mark.parametrize(
-    'change', ['eval', 'frozen_norms', 'norms_in_eval', 'one_value', 'hook', 'sync', 'silu', 'layernorm2d'])
+    'change', ['eval', 'frozen_norms', 'norms_in_eval', 'one_value', 'hook', 'bias', 'sync', 'silu', 'layernorm2d'])
 def test_plain_form_where_the_training_form_does_not_apply(change):
     model = create(
         dtype=torch.float32, act_layer='silu' if change == 'silu' else 'relu',
@@ -327,6 +327,10 @@ def test_plain_form_where_the_training_form_does_not_apply(change):
         seen = []
         for block in model.features[1:-1:2]:
             block.denselayer1.conv1.register_forward_hook(lambda *args: seen.append(args))
+    elif change == 'bias':
+        for block in model.features[1:-1:2]:
+            layer = block.denselayer1
+            layer.conv1 = torch.nn.Conv2d(layer.conv1.in_channels, layer.conv1.out_channels, 1, bias=True)
     elif change == 'sync':
         assert not training_form.has_training_form(convert_sync_batchnorm(model.features.denseblock1), x)
         return

@@ -23,7 +23,7 @@ from .convert import conversion_metadata, convert_res2net, load_converted, recor
 from .data import (
     BatchLoader, ImageArrays, ImageReader, check_same_classes, dataset_stats, hold_out_split, load_images)
 from .distributed import Processes
-from .hub import HUB_ERRORS, one_line
+from .hub import LOAD_ERRORS, one_line
 from .options import public_args, public_model_kwargs, saved_args
 from .start import freeze_stages, pretrained_overlay
 from .trained import load_trained, weights_config, weights_file
@@ -92,7 +92,7 @@ def _pretrained_stats(args: argparse.Namespace) -> tuple[Sequence[float], Sequen
     try:
         # Created, as the configuration of a model on the Hub or in a folder is read with it.
         cfg = timm.create_model(args.model).pretrained_cfg | given
-    except HUB_ERRORS as e:
+    except LOAD_ERRORS as e:
         raise ValueError(f'{args.model}: {one_line(e)}') from e
     return cfg['mean'], cfg['std']
 
@@ -141,7 +141,7 @@ def build_model(args: argparse.Namespace, images: Images, with_weights: bool = T
             load_converted(model, initial)
         elif args.res2net_scale:
             convert_res2net(model, args.res2net_scale)
-    except (TypeError, *HUB_ERRORS) as e:
+    except LOAD_ERRORS as e:
         raise ValueError(f'{args.model}: {one_line(e)}') from e
     if args.freeze_stages:
         freeze_stages(model, args.freeze_stages)

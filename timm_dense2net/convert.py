@@ -239,8 +239,8 @@ def load_converted(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
 def res2net_converted(
         pretrained: bool = False,
         *,
-        base: str,
-        conversion: Mapping[str, Any],
+        base: str | None = None,
+        conversion: Mapping[str, Any] | None = None,
         **kwargs: Any,
 ) -> nn.Module:
     """A model with a recorded conversion: the architecture that a published converted model names.
@@ -252,8 +252,13 @@ def res2net_converted(
         **kwargs: Arguments of the base model and of timm's `build_model_with_cfg`.
 
     Raises:
-        ValueError: If the record does not fit the model.
+        ValueError: If base or record are missing, timm has no such model, or the record does not fit it.
     """
+    if conversion is None or base is None or not is_model(base):
+        raise ValueError(
+            f'res2net_converted stands for a model with a recorded conversion: it needs base, a timm model name, and '
+            f'conversion, got base={base!r}')
+
     def create(**model_args: Any) -> nn.Module:
         return reapply_conversion(model_entrypoint(base)(**model_args), conversion)
 
@@ -307,7 +312,7 @@ def main(argv: list[str] | None = None) -> int:
     for index, name in enumerate(args.model):
         try:
             print(('\n' if index else '') + _report(name, args.scale, args.num_classes, args.img_size))
-        except (ValueError, RuntimeError) as e:
+        except (AssertionError, ValueError, RuntimeError) as e:
             print(f'error: {name}: {" ".join(str(e).split())[:300]}', file=sys.stderr)
             return 2
     return 0

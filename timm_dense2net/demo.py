@@ -21,6 +21,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from timm.data import create_transform
 
 from .cam import class_activation_maps
+from .dense2net import DenseBlock
 from .drawings import DRAWINGS
 from .trained import TrainedModel, load_trained
 
@@ -149,7 +150,9 @@ def build_demo(checkpoints: Sequence[str | Path] = ()) -> Any:
     if not sources:
         raise ValueError('no weights are packaged: name some with --checkpoint')
     for path in checkpoints:
-        load(None, str(path))  # a mistake shows now and not in the page
+        # A mistake shows now and not in the page.
+        if not any(isinstance(module, DenseBlock) for module in load(None, str(path)).model.modules()):
+            raise ValueError(f'{path}: expected a run of a Dense2Net or DenseNet of this package')
 
     def classify(picture: Image.Image | None, name: str) -> tuple[Any, ...]:
         return explain(load(*sources[name]), picture) if picture is not None else (None, None, None)

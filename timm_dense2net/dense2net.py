@@ -75,6 +75,10 @@ def _create_attn(attn_layer: Optional[str], channels: int, device=None, dtype=No
     return nn.Identity() if attn is None else attn
 
 
+def _is_bare_conv(conv: nn.Module) -> bool:
+    return type(conv) is nn.Conv2d and conv.bias is None
+
+
 class SplitHierarchyConv2d(nn.Module):
     r"""Hierarchy of 3x3 convolutions over channel splits, from Res2Net in the form of the Dense2Net slides.
 
@@ -223,6 +227,16 @@ class DenseLayer(nn.Module):
         """The norms with activation, in the order of their use."""
         return [self.norm1, self.norm2, *getattr(self.conv2, 'norms', [])]
 
+    @torch.jit.ignore
+    def is_original(self) -> bool:
+        """Whether the convolutions are those it is made with: the forms for training and inference know no others."""
+        convs = [self.conv1]
+        if type(self.conv2) is SplitHierarchyConv2d:
+            convs += [*self.conv2.convs, self.conv3]
+        else:
+            convs.append(self.conv2)
+        return all(_is_bare_conv(conv) for conv in convs)
+
     def _new_features(self, features: List[torch.Tensor]) -> torch.Tensor:
         x = self.conv1(self.norm1(torch.cat(features, 1)))
         x = self.conv3(self.conv2(self.norm2(x)))
@@ -272,9 +286,14 @@ class DenseBlock(nn.ModuleDict):
         return [norm for layer in self.values() for norm in layer.norms()]
 
     @torch.jit.ignore
+    def is_original(self) -> bool:
+        """Whether the convolutions are those it is made with."""
+        return all(layer.is_original() for layer in self.values())
+
+    @torch.jit.ignore
     def fuse(self) -> nn.Module:
-        """Form for inference; itself if its norms are other than batch norm with ReLU."""
-        return FusedDenseBlock(self) if is_fusable(*self.norms()) else self
+        """Form for inference; itself if its norms are other than batch norm with ReLU, or its convolutions replaced."""
+        return FusedDenseBlock(self) if self.is_original() and is_fusable(*self.norms()) else self
 
 
 class DenseTransition(nn.Sequential):
@@ -300,9 +319,15 @@ class DenseTransition(nn.Sequential):
         return [self.norm]
 
     @torch.jit.ignore
+    def is_original(self) -> bool:
+        """Whether convolution and pooling are those it is made with."""
+        pool = self.pool
+        return _is_bare_conv(self.conv) and type(pool) is nn.AvgPool2d and (pool.kernel_size, pool.stride) == (2, 2)
+
+    @torch.jit.ignore
     def fuse(self) -> nn.Module:
-        """Form for inference; itself if its norm is other than batch norm with ReLU."""
-        return FusedDenseTransition(self) if is_fusable(*self.norms()) else self
+        """Form for inference; itself if its norm is other than batch norm with ReLU, or its layers replaced."""
+        return FusedDenseTransition(self) if self.is_original() and is_fusable(*self.norms()) else self
 
 
 def _create_stem(

@@ -39,7 +39,7 @@ def load_all_but_stem(model: Dense2Net, weights: Mapping[str, torch.Tensor]) -> 
     own = model.state_dict()
     classifier = {name for name in own if name.startswith('classifier.')}
     taken = {name: tensor for name, tensor in weights.items() if not stem.match(name)}
-    if any(name not in taken or taken[name].shape != own[name].shape for name in classifier):
+    if not classifier or any(name not in taken or taken[name].shape != own[name].shape for name in classifier):
         taken = {name: tensor for name, tensor in taken.items() if not name.startswith('classifier.')}
     else:
         classifier = set()
@@ -62,9 +62,8 @@ def _enlarge(path: Path, name: str, output: Path, num_classes: int | None) -> st
         num_classes = len(weights['classifier.bias']) if 'classifier.bias' in weights else 0
     model = timm.create_model(name, num_classes=num_classes)
     left = load_all_but_stem(model, weights)
-    kept = {key: metadata[key] for key in ('class_names', 'dataset') if key in metadata}
-    if any(tensor.startswith('classifier.') for tensor in left):
-        kept = {}
+    has_classifier = num_classes > 0 and 'classifier.bias' not in left
+    kept = {key: metadata[key] for key in ('class_names', 'dataset') if key in metadata and has_classifier}
     save_weights(output, model.state_dict(), dict(kept, model=name, model_args='{}', num_classes=str(num_classes)))
     return f'{output}: {len(model.state_dict()) - len(left)} tensors from {path}, new: {", ".join(left)}'
 

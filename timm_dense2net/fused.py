@@ -20,6 +20,7 @@ import torch.nn.functional as F
 
 from timm.layers import BatchNormAct2d, FrozenBatchNormAct2d, SyncBatchNormAct
 
+from .hooks import has_hooks
 from .in_place import block_in_place, is_recorded
 
 __all__ = ['FusedDenseBlock', 'FusedDenseTransition', 'FusedFeatures', 'FusedSplitHierarchyConv2d', 'is_fusable']
@@ -197,7 +198,7 @@ class FusedDenseBlock(nn.ModuleDict):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not torch.jit.is_scripting():
-            if not is_recorded(x):
+            if not (is_recorded(x) or has_hooks(*self.values())):
                 return block_in_place(self, x)
         for layer in self.values():
             x = torch.cat([x, layer(x)], 1)
@@ -237,7 +238,7 @@ class FusedFeatures(nn.Sequential):
         layers = iter(self)
         for layer in layers:
             # Asked of each block's own input, which has a gradient where the stem is trained.
-            if isinstance(layer, FusedDenseBlock) and not is_recorded(x):
+            if isinstance(layer, FusedDenseBlock) and not (is_recorded(x) or has_hooks(layer, *layer.values())):
                 x = block_in_place(layer, x, next(layers, None))
             else:
                 x = layer(x)

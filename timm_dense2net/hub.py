@@ -10,12 +10,15 @@ from huggingface_hub import constants, hf_hub_download
 from huggingface_hub.errors import (
     EntryNotFoundError, HfHubHTTPError, HTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled,
 )
+from safetensors import SafetensorError
 from timm.models import parse_model_name
 
-__all__ = ['HUB_ERRORS', 'WEIGHTS_FILE', 'DIGEST_KEY', 'explain_hub_error', 'sha256_of', 'check_weights']
+__all__ = ['HUB_ERRORS', 'LOAD_ERRORS', 'WEIGHTS_FILE', 'DIGEST_KEY', 'explain_hub_error', 'sha256_of', 'check_weights']
 
 # All that the client raises for a fault of network, Hub or request, whichever HTTP library it is built on.
 HUB_ERRORS = (HTTPError, OSError, RuntimeError, ValueError)
+# And what timm does for a name, configuration or file that is none of its own.
+LOAD_ERRORS = (*HUB_ERRORS, AssertionError, KeyError, TypeError, SafetensorError)
 
 WEIGHTS_FILE = 'model.safetensors'
 # Where config.json records the digest of the weights beside it.
@@ -37,6 +40,8 @@ def explain_hub_error(error: BaseException, repo_id: str) -> str:
             return _explain_status(item, repo_id, host)
     if any(isinstance(item, (HTTPError, LocalEntryNotFoundError, ConnectionError)) for item in chain):
         return f'{repo_id}: the connection to {host} failed ({one_line(chain[-1]) or type(chain[-1]).__name__})'
+    if not isinstance(error, HUB_ERRORS):
+        return f'{repo_id}: timm cannot load it ({type(error).__name__}: {one_line(error)})'
     return f'{repo_id}: {one_line(error)}'
 
 

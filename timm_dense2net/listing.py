@@ -34,5 +34,9 @@ def main(argv: list[str] | None = None) -> int:
     if args.module not in timm.list_modules():
         print(f"error: no models come from a module '{args.module}'; timm.list_modules() names them", file=sys.stderr)
         return 2
-    print(model_table(args.module))
+    try:
+        print(model_table(args.module))
+    except ValueError as e:
+        print(f'error: {e}', file=sys.stderr)
+        return 2
     return 0

@@ -25,12 +25,12 @@ from .checkpoint import CHECKPOINT_FILE, PREVIOUS_FILE
 
 __all__ = [
     'build_parser', 'parse_args', 'check_args', 'list_recipes', 'load_recipe', 'saved_args', 'public_args',
-    'public_model_kwargs', 'recipe_name', 'ARGS_FILE', 'PLACES']
+    'public_model_kwargs', 'recipe_name', 'ARGS_FILE', 'PLACES', 'SCHEDULES']
 
 ARGS_FILE = 'args.yaml'
 
 # timm has no list of them; 'plateau' is torch's here, as its state can be saved.
-_SCHEDULES = ('plateau', 'cosine', 'tanh', 'step', 'multistep', 'poly', 'wsd', 'rsqrt', 'constant', 'none')
+SCHEDULES = ('plateau', 'cosine', 'tanh', 'step', 'multistep', 'poly', 'wsd', 'rsqrt', 'constant', 'none')
 
 # Set for one invocation and no part of what a run is.
 _NOT_SAVED = ('resume', 'eval_only', 'checkpoint')
@@ -123,8 +123,8 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument('--clip-mode', default='norm', choices=('norm', 'value', 'agc'))
     group.add_argument('--layer-decay', type=float, metavar='D', help='layer-wise learning-rate decay')
     group.add_argument('--grad-accum-steps', type=int, default=1, metavar='N')
-    group.add_argument('--sched', default='plateau', choices=_SCHEDULES, metavar='SCHEDULER', help=(
-        f"'plateau' (on validation loss, %(default)s is the default) or timm's {', '.join(_SCHEDULES[1:])}"))
+    group.add_argument('--sched', default='plateau', choices=SCHEDULES, metavar='SCHEDULER', help=(
+        f"'plateau' (on validation loss, %(default)s is the default) or timm's {', '.join(SCHEDULES[1:])}"))
     group.add_argument('--sched-on-updates', action=flag, default=False, help='step the schedule each update')
     group.add_argument('--warmup-epochs', type=int, default=0, metavar='N')
     group.add_argument('--warmup-lr', type=float, default=1e-5, metavar='LR')

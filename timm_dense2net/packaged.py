@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import json
 import sys
 from functools import lru_cache
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 from timm.models import PretrainedCfg, list_models
 
 from .checkpoint import load_weights, save_weights
+from .classes import CIFAR100_CLASSES
 
 __all__ = ['packaged_file', 'check_pretrained', 'check_packaged', 'package_run', 'main']
 
@@ -79,12 +81,16 @@ def package_run(run: Path, recipe: str) -> Path:
     Raises:
         FileNotFoundError: If the run has no weights.
         ValueError: If the weights are not for CIFAR-100's classes, do not say of which model they are, or that
-            model was converted.
+            model was made with arguments or converted.
     """
     from .convert import METADATA_KEY  # here, as convert imports the models and they this file
     state_dict, metadata = load_weights(run / 'last.safetensors')
     if 'model' not in metadata or metadata.get('num_classes') != '100':
         raise ValueError(f'{run}: expected weights of a named model with 100 classes, got {metadata}')
+    if metadata.get('model_args', '{}') != '{}':
+        raise ValueError(f'{run}: weights of a {metadata["model"]} with {metadata["model_args"]} fit none by that name')
+    if json.loads(metadata.get('class_names', 'null')) != list(CIFAR100_CLASSES):
+        raise ValueError(f"{run}: expected weights for CIFAR-100's classes, got {metadata.get('class_names')}")
     if METADATA_KEY in metadata:
         raise ValueError(f'{run}: weights of a converted {metadata["model"]} fit no model that a name stands for')
     half = {name: t.half() if t.is_floating_point() else t for name, t in state_dict.items()}

@@ -24,13 +24,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import yaml
+from timm.optim import list_optimizers
 from timm.utils import random_seed, setup_default_logging
 from tqdm import tqdm
 
 from .build import build_data, build_loader, build_model, weights_metadata
 from .dense2net import SplitHierarchyConv2d
 from .distributed import Processes, start_processes
-from .options import build_parser, check_args, parse_args, saved_args
+from .options import SCHEDULES, build_parser, check_args, parse_args, saved_args
 from .results import replace_file, save_figure, write_csv
 from .runs import RunFolder, read_resumed_state
 from .trainer import Interrupted, StopSignal, Trainer, TrainingError
@@ -293,7 +294,7 @@ class Worker:
         state = read_resumed_state(args, self.processes)
         folder = RunFolder(args, start_epoch=state['position']['epoch'] if state else 0)
         random_seed(args.seed)
-        model = build_model(args, self.data.train).to(self.processes.device)
+        model = build_model(args, self.data.train, with_weights=state is None).to(self.processes.device)
         model = model.to(memory_format=torch.channels_last) if args.channels_last else model
         trainer = _TrialTrainer(
             args, model, build_loader(args, self.data.train, self.data, self.processes, train=True),
@@ -401,10 +402,13 @@ def _build_parser() -> argparse.ArgumentParser:
         'finished trials that the study is to have, over all workers (%(default)s)'))
     parser.add_argument('--heartbeat', type=int, default=60, metavar='S', help=(
         'seconds between signs of life; after three without one a trial is given out again (%(default)s)'))
-    for name, kind in (('scales', int), ('cardinalities', int), ('growth-rates', int), ('opts', str), ('scheds', str)):
+    for name, kind, choices in (
+            ('scales', int, None), ('cardinalities', int, None), ('growth-rates', int, None),
+            ('opts', str, list_optimizers()), ('scheds', str, SCHEDULES)):
         default = getattr(space, name.replace('-', '_'))
         parser.add_argument(
-            f'--{name}', type=kind, nargs='+', default=default, help=f'({" ".join(map(str, default))})')
+            f'--{name}', type=kind, nargs='+', default=default, choices=choices, metavar='VALUE',
+            help=f'({" ".join(map(str, default))})')
     return parser
 
 

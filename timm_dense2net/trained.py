@@ -10,13 +10,14 @@ from typing import Any
 import timm
 import torch
 import torch.nn as nn
+from safetensors import SafetensorError
 from timm.data import resolve_data_config
 from timm.models import is_model
 
 from .checkpoint import load_weights
 from .classes import CIFAR100_CLASSES
 from .convert import METADATA_KEY, reapply_conversion
-from .hub import HUB_ERRORS, check_weights, explain_hub_error, one_line
+from .hub import LOAD_ERRORS, check_weights, explain_hub_error, one_line
 
 __all__ = [
     'TrainedModel', 'load_trained', 'load_pretrained_model', 'load_checkpoint_model', 'weights_file', 'weights_shape',
@@ -67,9 +68,13 @@ def load_pretrained_model(name: str) -> TrainedModel:
         ValueError: If there is no such model or no weights for it.
     """
     try:
-        model = timm.create_model(name, pretrained=True).eval()
+        try:
+            model = timm.create_model(name, pretrained=True).eval()
+        except SafetensorError:
+            check_weights(name)  # names what is torn, and drops it from the cache
+            raise
         check_weights(name)
-    except HUB_ERRORS as e:
+    except LOAD_ERRORS as e:
         raise ValueError(explain_hub_error(e, name.removeprefix('hf-hub:'))) from e
     cfg = model.pretrained_cfg
     class_names = cfg.get('label_names')

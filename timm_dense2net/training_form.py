@@ -29,6 +29,8 @@ from torch.autograd import Function
 
 from timm.layers import BatchNormAct2d
 
+from .hooks import has_hooks
+
 __all__ = ['block_in_training', 'has_training_form', 'transition_in_training']
 
 # Bytes of one intermediate result that each thread of a CPU works on at a time.
@@ -49,20 +51,16 @@ def has_training_form(module: nn.Module, x: torch.Tensor) -> bool:
     if x.dtype != (torch.get_autocast_dtype(x.device.type) if autocasts else params_dtype):
         return False
     return (
-        all(_is_covered(norm) for norm in module.norms())
+        module.is_original()
+        and all(_is_covered(norm) for norm in module.norms())
         and all(p.dtype == params_dtype for p in module.parameters())
-        and not any(_has_hooks(m) for m in module.modules()))
+        and not has_hooks(*module.modules()))
 
 
 def _is_covered(norm: nn.Module) -> bool:
     return (
         type(norm) is BatchNormAct2d and norm.training and norm.affine
         and isinstance(norm.act, nn.ReLU) and isinstance(norm.drop, nn.Identity))
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks)
 
 
 class _Norm:
@@ -183,6 +181,7 @@ class _Buffers:
 
     def __init__(self, x: torch.Tensor, channels: int) -> None:
         self.size = (x.shape[0], *x.shape[2:])
+        self.in_chs = x.shape[1]
         self.features = x.new_empty((x.numel() // x.shape[1], channels))
         self.stats = x.new_empty((2, channels), dtype=torch.promote_types(x.dtype, torch.float32))
         self._scratch = {}
@@ -229,8 +228,6 @@ class _AddFeatures(Function):
         x, dx = features[:, ctx.channels], dfeatures[:, ctx.channels]
         dmaps = dx.new_empty(dx.shape)
         _add_stats_gradient(dx, x, ctx.buffers.stats[0, ctx.channels], dstats[:, ctx.channels], out=dmaps)
-        if ctx.channels.start == 0:
-            ctx.buffers.free_scratch()
         return None, None, _as_maps(dmaps.view(*ctx.buffers.size, -1)), dfeatures, dstats
 
 
@@ -290,12 +287,17 @@ class _LayerPass:
 
     def forward(self, features: torch.Tensor) -> Tuple[torch.Tensor, List[torch.Tensor]]:
         """Output (N, C, H, W) of the last convolution; outputs of conv1 and of the hierarchy's convolutions."""
+        kept = self.forward_kept(features)
+        ys = self._scratch('y', kept[0])
+        return _as_maps(self._conv3(ys) if self.has_hierarchy else self._conv(0, ys[0])), kept
+
+    def forward_kept(self, features: torch.Tensor) -> List[torch.Tensor]:
+        """Outputs of conv1 and of the hierarchy's convolutions; the hierarchy's own goes to the scratch buffer 'y'."""
         bottleneck = self._bottleneck(features[:, :self.in_chs])
         stats2 = [torch.cat(stats) for stats in zip(*(_batch_stats(_as_maps(x)) for x in bottleneck))]
         self.norm2 = _Norm(*stats2, *self.affine2, self.layer.norm2.eps)
         self.norms2 = self.norm2.split(self.width)
-        y_splits = self._scratch('y', bottleneck)
-        ys = y_splits.unbind()
+        ys = self._scratch('y', bottleneck).unbind()
         for norm, x, y in zip(self.norms2, bottleneck, ys):
             norm.forward(x, y)
         outputs, self.norms = [], []
@@ -305,8 +307,7 @@ class _LayerPass:
             norm.forward(z, ys[i + 1])
             outputs.append(z)
             self.norms.append(norm)
-        new = self._conv3(y_splits) if self.has_hierarchy else self._conv(0, ys[0])
-        return _as_maps(new), [bottleneck, *outputs]
+        return [bottleneck, *outputs]
 
     def _scratch(self, name: str, like: torch.Tensor, splits: Optional[int] = None) -> torch.Tensor:
         return self.buffers.scratch(name, splits or self.splits, self.width, like)
@@ -471,8 +472,10 @@ class _NewFeatures(Function):
         kept = saved[len(ctx.needs_input_grad) - 4:]
         with torch.autocast(dnew.device.type, enabled=False):
             if not kept:
-                _, kept = ctx.run.forward(features)
+                kept = ctx.run.forward_kept(features)
             gradients = ctx.run.backward(features, kept, dnew, dfeatures, dstats)
+        if ctx.run.in_chs == ctx.run.buffers.in_chs:
+            ctx.run.buffers.free_scratch()
         return None, None, dfeatures, dstats, *gradients
 
 
