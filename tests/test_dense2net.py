@@ -4,7 +4,7 @@ import timm
 import torch
 import torch.nn.functional as F
 
-from timm_dense2net import SplitHierarchyConv2d
+from timm_dense2net import SplitHierarchyConv2d, in_place
 from timm_dense2net.dense2net import Dense2Net, DenseLayer
 
 # Counted independently of the code, at 100 classes and 3x32x32.
@@ -254,3 +254,28 @@ def test_smallest_input(name, size):
 def test_layer_names_its_wrong_input():
     with pytest.raises(ValueError, match=r'\(N, 16, H, W\), got \[1, 12, 4, 4\]'):
         SplitHierarchyConv2d(16)(torch.randn(1, 12, 4, 4))
+
+
+@torch.no_grad()
+def test_large_batches_run_by_parts(monkeypatch):
+    model = Dense2Net(8, (2, 2), num_classes=5).eval()
+    x = torch.randn(7, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    expected = model(x)
+    monkeypatch.setattr(in_place, 'CACHE_BYTES', 3 * 32 * 32 * 32 * 4)
+    parts = []
+    layer_forward = DenseLayer.forward
+    monkeypatch.setattr(
+        DenseLayer, 'forward', lambda self, features: parts.append(len(features[0])) or layer_forward(self, features))
+    torch.testing.assert_close(model(x), expected)
+    assert parts[:6] == [3, 3, 3, 3, 1, 1]
+    # What sees the batch as a whole keeps it: hooks, and norms that take their statistics from it.
+    layer = model.features.denseblock1.denselayer1
+    handle = layer.register_forward_hook(lambda *args: None)
+    parts.clear()
+    model(x)
+    handle.remove()
+    assert parts == [7, 7, 7, 7]
+    layer.norm1.track_running_stats, layer.norm1.running_mean, layer.norm1.running_var = False, None, None
+    parts.clear()
+    model(x)
+    assert parts == [7, 7, 7, 7]

@@ -31,6 +31,7 @@ from timm.models._manipulate import MATCH_PREV_GROUP
 
 from .fused import (
     FusedDenseBlock, FusedDenseTransition, FusedFeatures, FusedSplitHierarchyConv2d, is_fusable)
+from .in_place import parts_of, runs_by_parts
 from .packaged import check_pretrained, packaged_file
 from .training_form import block_in_training, has_training_form, transition_in_training
 
@@ -267,6 +268,7 @@ class DenseBlock(nn.ModuleDict):
 
     def __init__(self, num_layers: int, in_chs: int, growth_rate: int, drop_path: List[float], **layer_kwargs) -> None:
         super().__init__()
+        self.out_chs = in_chs + num_layers * growth_rate
         for i in range(num_layers):
             self.add_module(f'denselayer{i + 1}', DenseLayer(
                 in_chs + i * growth_rate, growth_rate, drop_path=drop_path[i], **layer_kwargs))
@@ -275,6 +277,11 @@ class DenseBlock(nn.ModuleDict):
         if not torch.jit.is_scripting():
             if has_training_form(self, x):
                 return block_in_training(self, x)
+            if runs_by_parts(self, x):
+                return torch.cat([self._features(part) for part in parts_of(x, self.out_chs)])
+        return self._features(x)
+
+    def _features(self, x: torch.Tensor) -> torch.Tensor:
         features = [x]
         for layer in self.values():
             features.append(layer(features))

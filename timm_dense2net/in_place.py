@@ -4,10 +4,12 @@ A dense block's features lie in one (N, H, W, C) buffer, each written once where
 of a block take turns in the same scratch buffers. On a CPU a block runs on so few images at a time, that its features
 stay in the caches, and what follows it (transition or final norm) takes them from there.
 """
-from typing import Iterable, Optional
+from typing import Iterable, Optional, Sequence
 
 import torch
 import torch.nn as nn
+
+from .hooks import has_hooks
 
 # Bytes of features that a block works on at a time on a CPU.
 CACHE_BYTES = 8 << 20
@@ -31,17 +33,25 @@ def is_recorded(x: torch.Tensor) -> bool:
 def block_in_place(block: nn.ModuleDict, x: torch.Tensor, follower: Optional[nn.Module] = None) -> torch.Tensor:
     """Features (N, out_chs, H, W) of a ``FusedDenseBlock``, channels last, or what the follower makes of them."""
     outputs = []
-    for part in x.split(_images_at_a_time(x, block.out_chs)):
+    for part in parts_of(x, block.out_chs):
         features = _run_block(block, part)
         outputs.append(features if follower is None else follower(features))
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 
-def _images_at_a_time(x: torch.Tensor, channels: int) -> int:
-    """How many images of ``channels`` channels and the size of x to work on at a time."""
+def parts_of(x: torch.Tensor, channels: int) -> Sequence[torch.Tensor]:
+    """Images x (N, C, H, W) in parts to work on one after another, where ``channels`` channels of that size arise."""
     if x.device.type != 'cpu':
-        return max(1, x.shape[0])
-    return max(1, CACHE_BYTES // (channels * x.shape[2] * x.shape[3] * x.element_size()))
+        return [x]
+    return x.split(max(1, CACHE_BYTES // (channels * x.shape[2] * x.shape[3] * x.element_size())))
+
+
+@torch.jit.ignore
+def runs_by_parts(block: nn.ModuleDict, x: torch.Tensor) -> bool:
+    """Whether a plain block may work on parts of x: where it is large, and nothing sees the batch as a whole."""
+    if is_recorded(x) or len(parts_of(x, block.out_chs)) == 1 or has_hooks(*block.modules()):
+        return False
+    return not any(m.training or getattr(m, 'running_mean', m) is None for m in block.modules())
 
 
 def _run_block(block: nn.ModuleDict, x: torch.Tensor) -> torch.Tensor:
