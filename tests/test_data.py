@@ -16,6 +16,7 @@ from timm.data import create_transform
 
 from timm_dense2net.augment import AugmentConfig
 from timm_dense2net.data import (
+    _KNOWN_STATS,
     BatchLoader,
     ImageArrays,
     ImageReader,
@@ -24,7 +25,6 @@ from timm_dense2net.data import (
     dataset_stats,
     fits_in_memory,
     hold_out_split,
-    known_stats,
     load_arrays,
     load_images,
     open_dataset,
@@ -333,7 +333,7 @@ def test_real_cifar100(tmp_path):
     assert train.images.shape == (50000, 3, 32, 32) and train.images.is_contiguous()
     assert torch.bincount(train.labels).tolist() == [500] * 100
     assert train.class_names[:3] == ('apple', 'aquarium_fish', 'baby')
-    np.testing.assert_allclose(dataset_stats(train), known_stats('hfds/uoft-cs/cifar100'), rtol=0, atol=1e-8)
+    np.testing.assert_allclose(dataset_stats(train), _KNOWN_STATS['cifar100'], rtol=0, atol=1e-8)
     test = load_images(f'hfds/{CIFAR100}', 'test', data_dir=str(tmp_path), memory_limit=1)
     assert isinstance(test, ImageReader) and torch.bincount(test.labels).tolist() == [100] * 100
     check_same_classes(train, test)
@@ -347,7 +347,7 @@ def make_cifar100(per_class=500):
     """Pixels of CIFAR-100's published mean and deviation, two levels a channel."""
     count = 100 * per_class
     images = torch.zeros(count, 3, 2, 2, dtype=torch.uint8)
-    for channel, (mean, std) in enumerate(zip(*known_stats('torch/cifar100'))):
+    for channel, (mean, std) in enumerate(zip(*_KNOWN_STATS['cifar100'])):
         rng = np.random.default_rng(channel)
         values = rng.normal(size=count * 4)
         values = (values - values.mean()) / values.std() * std * 255 + mean * 255

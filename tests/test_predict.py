@@ -127,6 +127,10 @@ def test_standard_input_is_a_picture_or_a_list_of_paths(weights, pictures):
     listed = list(find_images(['-'], stdin=lambda: f'{path}\n\n{pictures}/b/4.png\n'.encode()))
     assert listed == [Source(str(path)), Source(f'{pictures}/b/4.png')]
     assert list(find_images(['-'], stdin=lambda: b' \n')) == [Source('-', error='standard input is empty')]
+    assert list(find_images(['-'], stdin=lambda: b' a b.png \r\n')) == [Source(' a b.png ')]
+    plain = b'P3 1 1 255 9 9 9\n'  # a picture in ASCII
+    for data in (plain, b'\xff\xff'):
+        assert list(find_images(['-'], stdin=lambda: data)) == [Source('-', data)]
 
     trained = load_trained(checkpoint=weights)
     piped = list(predict_images(trained, list(find_images(['-'], stdin=path.read_bytes))))

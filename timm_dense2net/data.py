@@ -482,12 +482,6 @@ def _known_name(dataset: str) -> str | None:
     return name if prefix.lower() in ('torch', 'hfds') and name in _KNOWN_SIZES else None
 
 
-def known_stats(dataset: str) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
-    """Published mean and standard deviation of a data set's training images, None where none is known here."""
-    name = _known_name(dataset)
-    return None if name is None else _KNOWN_STATS[name]
-
-
 def dataset_stats(images: ImageArrays | ImageReader) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation of each channel over all pixels, on the scale of 0 to 1.
 

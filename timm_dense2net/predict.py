@@ -80,14 +80,25 @@ def find_images(arguments: Iterable[str], stdin: Callable[[], bytes] | None = No
                 yield Source(argument, error='no file matches this pattern')
 
 
-def _from_stdin(data: bytes) -> Iterator[Source]:
-    # Pictures are not valid UTF-8: their headers hold bytes that no text has.
+def _is_picture(data: bytes) -> bool:
     try:
-        lines = [line.strip() for line in data.decode('utf-8').splitlines()]
-    except UnicodeDecodeError:
+        Image.open(io.BytesIO(data)).close()
+    except UnidentifiedImageError:
+        return False
+    except Image.DecompressionBombError:
+        pass
+    return True
+
+
+def _from_stdin(data: bytes) -> Iterator[Source]:
+    try:
+        if _is_picture(data):
+            raise ValueError('no text')
+        lines = [line.removesuffix('\r') for line in data.decode('utf-8').split('\n')]
+    except ValueError:  # as of bytes that are no UTF-8
         yield Source('-', data)
         return
-    paths = [line for line in lines if line]
+    paths = [line for line in lines if line.strip()]
     yield from (Source(path) for path in paths)
     if not paths:
         yield Source('-', error='standard input is empty')

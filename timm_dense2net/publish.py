@@ -86,14 +86,16 @@ def write_hub_folder(run: Path, repo_id: str, output: Path) -> Path:
         raise PublishError(f'{output} is there and no Hub folder: name another with --output')
     output.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f'.{output.name}.', dir=output.parent))
+    replaced = temporary.with_name(f'{temporary.name}.replaced')
     try:
         _fill(temporary, run, repo_id, result, trained)
         temporary.chmod(run.stat().st_mode)
         if output.exists():
-            shutil.rmtree(output)
+            output.rename(replaced)
         temporary.rename(output)
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        for folder in (temporary, replaced):
+            shutil.rmtree(folder, ignore_errors=True)
     return output
 
 
