@@ -379,15 +379,17 @@ def draw_plots(study: optuna.Study, folder: Path) -> None:
     if importlib.util.find_spec('matplotlib') is None:
         _logger.warning("No plots are drawn: they need matplotlib, pip install 'timm_dense2net[search]'.")
         return
+    from matplotlib import rc_context
     from optuna.visualization import matplotlib as plots
     for name, plot in (('history', plots.plot_optimization_history), ('importance', plots.plot_param_importances)):
-        try:
-            figure = plot(study).figure
-        except (ValueError, RuntimeError) as e:
-            _logger.warning(f'{name}.png is not drawn: {e}')
-            continue
-        figure.tight_layout()
-        save_figure(figure, folder / f'{name}.png')
+        with rc_context():  # Optuna sets a style for the whole process
+            try:
+                figure = plot(study).figure
+            except (ValueError, RuntimeError) as e:
+                _logger.warning(f'{name}.png is not drawn: {e}')
+                continue
+            figure.tight_layout()
+            save_figure(figure, folder / f'{name}.png')
 
 
 def _build_parser() -> argparse.ArgumentParser:
