@@ -90,14 +90,19 @@ def _is_picture(data: bytes) -> bool:
     return True
 
 
-def _from_stdin(data: bytes) -> Iterator[Source]:
+def _decode(data: bytes) -> str | None:
     try:
-        if _is_picture(data):
-            raise ValueError('no text')
-        lines = [line.removesuffix('\r') for line in data.decode('utf-8').split('\n')]
-    except ValueError:  # as of bytes that are no UTF-8
+        return data.decode('utf-8')
+    except UnicodeDecodeError:
+        return None
+
+
+def _from_stdin(data: bytes) -> Iterator[Source]:
+    text = None if _is_picture(data) else _decode(data)
+    if text is None:
         yield Source('-', data)
         return
+    lines = [line.removesuffix('\r') for line in text.split('\n')]
     paths = [line for line in lines if line.strip()]
     yield from (Source(path) for path in paths)
     if not paths:

@@ -94,8 +94,8 @@ def write_hub_folder(run: Path, repo_id: str, output: Path) -> Path:
             output.rename(replaced)
         temporary.rename(output)
     finally:
-        for folder in (temporary, replaced):
-            shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
+    shutil.rmtree(replaced, ignore_errors=True)
     return output
 
 
