@@ -4,6 +4,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from timm.data.mixup import Mixup, cutmix_bbox_and_lam
 from torchvision import transforms
 from torchvision.transforms import functional as F
@@ -14,6 +15,7 @@ from timm_dense2net.augment import (
     ImageDraws,
     MixDraws,
     Normalize,
+    ProgressiveResize,
     _take_runs,
     crop_and_flip,
     cutout_mask,
@@ -381,3 +383,29 @@ def test_draws_join_and_take():
 def test_bad_values_are_named(name, value):
     with pytest.raises(ValueError, match=f'{name}.*{value}'):
         AugmentConfig(**{name: value})
+
+
+def test_progressive_sizes():
+    resize = ProgressiveResize(initial_size=16, full_size_epoch=4)
+    assert [resize.size(epoch, (32, 32)) for epoch in range(6)] == [(side, side) for side in (16, 20, 24, 28, 32, 32)]
+    # The shorter side is what is given; the other goes with it.
+    assert [resize.size(epoch, (25, 50)) for epoch in range(5)] == [(16, 32), (20, 36), (20, 40), (24, 44), (25, 50)]
+    assert ProgressiveResize(1, 1).size(0, (7, 7)) == (4, 4)
+
+
+@pytest.mark.parametrize('channels, height, width', [(3, 32, 32), (1, 28, 44)])
+def test_smaller_images_are_pillows(channels, height, width):
+    images = random_images(4, channels, height, width).float()
+    resize = ProgressiveResize(initial_size=16, full_size_epoch=3)
+    for epoch in range(3):
+        size = resize.size(epoch, (height, width))
+        expected = [[np.array(Image.fromarray(plane.numpy()).resize(size[::-1], Image.Resampling.BILINEAR))
+                     for plane in image] for image in images]
+        torch.testing.assert_close(resize(images, epoch), torch.tensor(np.array(expected)), rtol=0., atol=1e-3)
+    assert torch.equal(resize(images, 3), images)
+
+
+@pytest.mark.parametrize('kwargs', [dict(initial_size=0, full_size_epoch=3), dict(initial_size=8, full_size_epoch=0)])
+def test_bad_progressive_sizes_are_named(kwargs):
+    with pytest.raises(ValueError, match='must be at least 1, got 0'):
+        ProgressiveResize(**kwargs)

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from timm.data import create_transform
 
-from timm_dense2net.augment import AugmentConfig
+from timm_dense2net.augment import AugmentConfig, ProgressiveResize
 from timm_dense2net.data import (
     _KNOWN_STATS,
     BatchLoader,
@@ -535,6 +535,17 @@ def test_mixed_images_and_targets_belong_together():
         assert ((torch.cat(weights) > 0.01) & (torch.cat(weights) < 0.99)).any()
 
 
+def test_first_epochs_show_smaller_images():
+    arrays = make_arrays(20, size=16)
+    plain = make_loader(arrays, augment=EVERYTHING)
+    loader = make_loader(arrays, augment=EVERYTHING, progressive=ProgressiveResize(8, 2))
+    assert [next(loader.epoch(epoch))[0].shape[2:] for epoch in range(3)] == [(8, 8), (12, 12), (16, 16)]
+    for epoch in range(3):
+        # The same augmented images and targets, only smaller.
+        expected = [(ProgressiveResize(8, 2)(images, epoch), targets) for images, targets in plain.epoch(epoch)]
+        assert_same_batches(loader.epoch(epoch), expected)
+
+
 def test_memory_format_and_dtype():
     loader = make_loader(make_arrays(), channels_last=True, dtype=torch.bfloat16, augment=AugmentConfig(cutout_holes=1))
     images, _ = next(loader.epoch(0))
@@ -558,6 +569,7 @@ def test_one_channel_and_odd_sizes():
     (dict(batch_size=64), '50 images do not fill one batch of 64'),
     (dict(batch_size=16, world_size=4, drop_last=False), 'last batch of 2 images cannot be divided among 4'),
     (dict(seed=-1), 'seed must be 0 or more, got -1'),
+    (dict(progressive=ProgressiveResize(8, 2)), 'initial size of 8 must be below the shorter side of the images, 8'),
 ])
 def test_bad_loader_arguments_are_named(kwargs, message):
     with pytest.raises(ValueError, match=message):

@@ -17,7 +17,7 @@ import torch.nn as nn
 from timm.layers import convert_sync_batchnorm
 from timm.models import is_model, list_models, split_model_name_tag
 
-from .augment import AugmentConfig
+from .augment import AugmentConfig, ProgressiveResize
 from .checkpoint import load_weights
 from .convert import conversion_metadata, convert_res2net, load_converted, recorded_conversion
 from .data import (
@@ -143,6 +143,8 @@ def build_model(args: argparse.Namespace, images: Images, with_weights: bool = T
             convert_res2net(model, args.res2net_scale)
     except LOAD_ERRORS as e:
         raise ValueError(f'{args.model}: {one_line(e)}') from e
+    if args.initial_img_size and model.pretrained_cfg.get('fixed_input_size'):
+        raise ValueError(f'--initial-img-size: {args.model} takes images of one size only')
     if args.freeze_stages:
         freeze_stages(model, args.freeze_stages)
     return convert_sync_batchnorm(model) if args.sync_bn else model
@@ -173,8 +175,8 @@ def build_loader(
     batch_size = args.batch_size if train else args.validation_batch_size or args.batch_size
     return BatchLoader(
         images, batch_size * processes.world_size, device=processes.device, mean=data.mean, std=data.std, train=train,
-        augment=_augment_config(args) if train else None, seed=args.seed, rank=processes.rank,
-        world_size=processes.world_size, channels_last=args.channels_last, num_workers=args.workers)
+        augment=_augment_config(args) if train else None, progressive=_progressive_resize(args) if train else None,
+        seed=args.seed, rank=processes.rank, world_size=processes.world_size, channels_last=args.channels_last, num_workers=args.workers)
 
 
 def _augment_config(args: argparse.Namespace) -> AugmentConfig | None:
@@ -184,6 +186,10 @@ def _augment_config(args: argparse.Namespace) -> AugmentConfig | None:
         hflip=args.hflip, crop_padding=args.crop_padding, auto_augment=args.aa, cutout_holes=args.cutout_holes,
         cutout_length=args.cutout_length, mixup=args.mixup, cutmix=args.cutmix, mixup_prob=args.mixup_prob,
         mixup_switch_prob=args.mixup_switch_prob, mixup_off_epoch=args.mixup_off_epoch, smoothing=args.smoothing)
+
+
+def _progressive_resize(args: argparse.Namespace) -> ProgressiveResize | None:
+    return ProgressiveResize(args.initial_img_size, args.full_size_epoch) if args.initial_img_size else None
 
 
 def build_trained(args: argparse.Namespace) -> tuple[nn.Module, RunData]:

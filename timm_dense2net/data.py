@@ -27,6 +27,7 @@ from .augment import (
     ImageDraws,
     MixDraws,
     Normalize,
+    ProgressiveResize,
     draw_images,
     draw_mix,
     mix_images,
@@ -549,6 +550,7 @@ class BatchLoader:
         train: Shuffle and augment. Otherwise the images come in order, each once: each process has its contiguous
             part of them, and the last batch may be short.
         augment: What is done to training batches; None for nothing.
+        progressive: How much smaller they are in the first epochs; None for full size in all.
         seed: Of the order and the augmentation.
         rank: Of this process.
         world_size: Number of processes.
@@ -558,7 +560,8 @@ class BatchLoader:
         num_workers: Processes that decode images of a reader; 0 for this one.
 
     Raises:
-        ValueError: The batch cannot be divided among the processes, or the images do not fill one batch.
+        ValueError: The batch cannot be divided among the processes, the images do not fill one batch, or are no larger
+            than those of the first epochs are to be.
     """
 
     def __init__(
@@ -571,6 +574,7 @@ class BatchLoader:
             std: Sequence[float],
             train: bool,
             augment: AugmentConfig | None = None,
+            progressive: ProgressiveResize | None = None,
             seed: int = 0,
             rank: int = 0,
             world_size: int = 1,
@@ -600,6 +604,10 @@ class BatchLoader:
         self.num_workers = num_workers
         self.num_classes = images.num_classes
         self.image_size = tuple(images.image_shape[1:])
+        self.progressive = progressive
+        if progressive is not None and progressive.initial_size >= min(self.image_size):
+            raise ValueError(f'an initial size of {progressive.initial_size} must be below the shorter side of the '
+                             f'images, {min(self.image_size)}.')
         self.reader = images if isinstance(images, ImageReader) else None
         self.labels = images.labels.to(self.device)
         self.config = (train and augment) or AugmentConfig(hflip=0., crop_padding=0)
@@ -628,6 +636,8 @@ class BatchLoader:
         """
         batches = self._train_batches(epoch, start_step) if self.train else self._eval_batches(start_step)
         for images, targets in batches:
+            if self.progressive is not None:
+                images = self.progressive(images, epoch)
             yield images.to(dtype=self.dtype, memory_format=self.memory_format), targets
 
     def _eval_bounds(self) -> tuple[int, int]:

@@ -91,6 +91,9 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument('-j', '--workers', type=int, default=4, metavar='N', help=(
         'processes that decode images of data that does not fit in memory (%(default)s)'))
     group.add_argument('--img-size', type=int, metavar='N', help="side of the images (the data set's own)")
+    group.add_argument('--initial-img-size', type=int, metavar='N', help=(
+        "progressive resizing: shorter side of the first epoch's training images; it grows up to --full-size-epoch"))
+    group.add_argument('--full-size-epoch', type=int, metavar='N', help='first epoch at full size, counted from 0')
     group.add_argument('--mean', type=float, nargs='+', metavar='MEAN', help='override the mean, pixels in 0..1')
     group.add_argument('--std', type=float, nargs='+', metavar='STD', help='override the standard deviation')
 
@@ -363,7 +366,7 @@ def check_args(args: argparse.Namespace) -> None:
             ('res2net_scale', 2),
             ('epochs', 1), ('batch_size', 1), ('validation_batch_size', 1), ('grad_accum_steps', 1),
             ('log_interval', 1), ('checkpoint_interval', 0), ('hold_out', 0), ('early_stop_patience', 0),
-            ('workers', 0), ('freeze_stages', 0), ('patience_epochs', 0), ('warmup_epochs', 0), ('num_classes', 1),
+            ('initial_img_size', 1), ('full_size_epoch', 1), ('workers', 0), ('freeze_stages', 0), ('patience_epochs', 0), ('warmup_epochs', 0), ('num_classes', 1),
             ('lr', 0), ('weight_decay', 0), ('seed', 0)):
         value = getattr(args, name)
         if value is not None and value < least:
@@ -383,6 +386,7 @@ def check_args(args: argparse.Namespace) -> None:
             '--sched plateau steps once an epoch and has no warm-up: leave out --warmup-epochs and --sched-on-updates')
     if args.warmup_epochs >= args.epochs and args.sched != 'none':
         raise ValueError(f'--warmup-epochs {args.warmup_epochs} leaves nothing of --epochs {args.epochs}')
+    _check_progressive_resizing(args)
     if args.eval_only:
         if args.resume:
             raise ValueError('--eval-only trains nothing, so --resume has no meaning: name the run with --checkpoint')
@@ -400,6 +404,13 @@ def check_args(args: argparse.Namespace) -> None:
         raise ValueError('--sync-bn shares batch statistics between processes: start them with torchrun')
     if args.sync_bn and (args.device == 'cpu' or not torch.cuda.is_available()):
         raise ValueError('--sync-bn works between GPUs only; --dist-bn shares the running statistics on a CPU')
+
+
+def _check_progressive_resizing(args: argparse.Namespace) -> None:
+    if (args.initial_img_size is None) != (args.full_size_epoch is None):
+        raise ValueError('--initial-img-size and --full-size-epoch go together: give both or neither')
+    if args.full_size_epoch and args.full_size_epoch >= args.epochs:
+        raise ValueError(f'--full-size-epoch {args.full_size_epoch} leaves nothing of --epochs {args.epochs}')
 
 
 def _check_start(args: argparse.Namespace) -> None:

@@ -10,6 +10,8 @@ keeps or passes over once more for every layer that reads a feature is done once
   `Memory-Efficient Implementation of DenseNets` - https://arxiv.org/abs/1707.06990
 * Norm, activation and 1x1 convolution run on so few pixels at a time, that what is between them stays in the caches.
 * Average pooling after a 1x1 convolution is that convolution after the pooling, on a quarter of the pixels.
+* What is done to each channel of a split of few channels is done to several pixels as one row: vector instructions want
+  long rows, and threads that add up sums must not write to one cache line.
 
 With the batch's mean m and variance v of a channel x, r = (v + eps)^-1/2 and y = relu(w r (x - m) + b), the gradient of
 the loss is, where d is that of y where y > 0 and 0 elsewhere, s = sum(d) and t = sum(d (x - m)) over the N pixels:
@@ -35,6 +37,10 @@ __all__ = ['block_in_training', 'has_training_form', 'transition_in_training']
 
 # Bytes of one intermediate result that each thread of a CPU works on at a time.
 CACHE_BYTES = 1 << 20
+
+# Up to this number of pixels of fewer channels than that make one row on a CPU.
+ROW_PIXELS = 16
+NARROW = 64
 
 
 @torch.jit.ignore
@@ -88,21 +94,32 @@ class _Norm:
 
     def forward(self, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
         """relu(norm(x)) of (..., C)."""
-        return torch.addcmul(self.shift, x, self.scale, out=out).clamp_min_(0)
+        x, rows = _as_rows(x, out)
+        scale, shift = _repeat((self.scale, self.shift), x)
+        torch.addcmul(shift, x, scale, out=rows).clamp_min_(0)
+        return out
 
-    def backward(self, dy: torch.Tensor, y: torch.Tensor, x: torch.Tensor) -> Tuple[torch.Tensor, ...]:
-        """Gradients of x, weight and bias from that of y, all (N, H, W, C); overwrites dy. The statistics are of x."""
-        dx, *daffine = self._backward(_as_maps(_relu_backward(dy, y, out=dy)), _as_maps(x), [True, True, True])
-        return dx.permute(0, 2, 3, 1), *daffine
+    def backward(self, dy: torch.Tensor, y: torch.Tensor, x: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
+        """Gradients of x and (2, C) of weight and bias from that of y, all (..., C); the statistics are those of x.
+
+        The gradient of x takes the place of dy.
+        """
+        daffine = self.parameter_gradients(dy, y, x, out=dy)
+        terms = _stats_terms(self.mean, self.stats_gradient(*daffine), x.numel() // x.shape[-1])
+        x, rows = _as_rows(x, dy)
+        offset, slope, scale = _repeat((*terms, self.scale), x)
+        for part in _parts(x, *x.shape):
+            torch.addcmul(torch.addcmul(offset, x[part], slope), rows[part], scale, out=rows[part])
+        return dy, daffine
 
     def parameter_gradients(
             self, dy: torch.Tensor, y: torch.Tensor, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-        """Gradients (2, C) of weight and bias from a part (pixels, C) of x; writes the gradient of norm(x) to out."""
-        return torch.stack(self._backward(_relu_backward(dy, y, out), x, [False, True, True])[1:])
-
-    def _backward(self, dy: torch.Tensor, x: torch.Tensor, mask: List[bool]) -> Tuple[torch.Tensor, ...]:
-        return torch.ops.aten.native_batch_norm_backward(
-            dy, x, self.weight, None, None, self.mean, self.invstd, True, self.eps, mask)
+        """Gradients (2, C) of weight and bias from a part (..., C) of x; writes the gradient of norm(x) to out."""
+        x, dnormed = _as_rows(x, _relu_backward(dy, y, out))
+        weight, mean, invstd = _repeat((self.weight, self.mean, self.invstd), x)
+        _, *gradients = torch.ops.aten.native_batch_norm_backward(
+            dnormed, x, weight, None, None, mean, invstd, True, self.eps, [False, True, True])
+        return torch.stack(gradients).view(2, -1, len(self.mean)).sum(1)
 
     def stats_gradient(self, dweight: torch.Tensor, dbias: torch.Tensor) -> torch.Tensor:
         """Gradients (2, C) of mean and variance, from those of weight and bias."""
@@ -128,12 +145,33 @@ def _as_pixels(x: torch.Tensor) -> torch.Tensor:
     return x.permute(0, 2, 3, 1).flatten(0, 2)
 
 
+def _as_rows(*tensors: torch.Tensor) -> List[torch.Tensor]:
+    """(rows, pixels * C) of (..., C): several pixels as one row where C is small and memory allows, else one."""
+    channels, pixels = tensors[0].shape[-1], 1
+    if channels < NARROW and all(t.device.type == 'cpu' and t.is_contiguous() for t in tensors):
+        pixels = math.gcd(tensors[0].numel() // channels, ROW_PIXELS)
+    return [t.view(-1, pixels * channels) for t in tensors]
+
+
+def _repeat(values: Sequence[torch.Tensor], rows: torch.Tensor) -> Sequence[torch.Tensor]:
+    """Values (C,) of the channels for each pixel of rows (rows, pixels * C)."""
+    pixels = rows.shape[1] // len(values[0])
+    return values if pixels == 1 else [value.expand(pixels, -1).flatten() for value in values]
+
+
 def _batch_stats(x: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
     """Mean and biased variance (C,) of (N, C, H, W), in float32 or float64."""
+    channels = x.shape[1]
+    if x.permute(0, 2, 3, 1).is_contiguous():
+        x = _as_rows(x.permute(0, 2, 3, 1))[0][..., None, None]
     running = None
     if x.dtype.itemsize < 4:  # the statistics have the dtype of the running ones
         running = x.new_zeros(x.shape[1], dtype=torch.float32)
-    return torch.batch_norm_update_stats(x, running, running, 0.)
+    mean, var = (stats.view(-1, channels) for stats in torch.batch_norm_update_stats(x, running, running, 0.))
+    if len(mean) == 1:
+        return mean[0], var[0]
+    means, mean = mean, mean.mean(0)
+    return mean, (var + (means - mean).square()).mean(0)
 
 
 def _stats_terms(mean: torch.Tensor, gradient: torch.Tensor, count: int) -> Tuple[torch.Tensor, torch.Tensor]:
@@ -375,7 +413,7 @@ class _LayerPass:
             if i > 0:
                 x = self.norms2[i].forward(bottleneck[i], self._scratch('x', ys, splits=1)[0])
                 total = torch.add(x, ys[i - 1], out=self._scratch('sum', ys, splits=1)[0])
-                dz, *daffine = self.norms[i - 1].backward(dys[i], ys[i], outputs[i - 1])
+                dz, daffine = self.norms[i - 1].backward(dys[i], ys[i], outputs[i - 1])
                 dx, dconv = self._conv_backward(i - 1, dz, total)
                 dys[i - 1].add_(dx)
                 dhierarchy = [dconv, *daffine, *dhierarchy]
