@@ -25,6 +25,11 @@ KINDS = {
 }
 
 
+@pytest.fixture(autouse=True)
+def small_blocks_too(monkeypatch):
+    monkeypatch.setattr(training_form, 'MANY_PIXELS', 1)
+
+
 def normal(*shape, dtype=torch.float64, seed=3):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
@@ -47,11 +52,10 @@ def create(growth_rate=8, block_config=(2, 3, 2), dtype=torch.float64, **kwargs)
 
 @contextmanager
 def plain_form():
-    form, dense2net.has_training_form = dense2net.has_training_form, lambda module, x: False
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ('has_training_form', 'block_has_training_form'):
+            patch.setattr(dense2net, name, lambda module, x: False)
         yield
-    finally:
-        dense2net.has_training_form = form
 
 
 @contextmanager
@@ -113,6 +117,26 @@ def test_equals_plain_form_in_float64(kind, checkpointing):
         model.zero_grad()
         assert_equals_plain_form(model, normal(*shape) if 'stem_type' not in KINDS[kind] else normal(
             2, 3, 33, 50), 1e-9, 1e-9)
+
+
+@pytest.mark.parametrize('shape', [(4, 3, 13, 11), (3, 3, 32, 36)])
+@pytest.mark.parametrize('kind', ['baseline', 's2', 's4', 'groups'])
+def test_equals_plain_form_with_several_pixels_a_row(kind, shape, monkeypatch):
+    """Odd numbers of pixels, multiples of 16, and what is between them."""
+    monkeypatch.setattr(training_form, 'MANY', 1)
+    assert_equals_plain_form(create(**KINDS[kind]), normal(*shape), 1e-9, 1e-9)
+
+
+def test_rows():
+    def shapes(*tensors):
+        return [tuple(rows.shape) for rows in training_form._as_rows(*tensors)]
+
+    x = torch.zeros(32, 64, 16)
+    assert shapes(x, x) == [(128, 256)] * 2
+    assert shapes(torch.zeros(2048, 32)[:, :16]) == [(2048, 16)]  # not dense
+    assert shapes(x[:1]) == [(64, 16)]  # few
+    assert shapes(torch.zeros(8, 64, 64)) == [(512, 64)]  # wide
+    assert shapes(torch.zeros(3, 1022, 12)) == [(1533, 24)]
 
 
 @pytest.mark.parametrize('kind', ['baseline', 's4', 'se'])
@@ -342,6 +366,17 @@ def test_plain_form_where_the_training_form_does_not_apply(change):
         assert len(seen) == 3
     with plain_form():
         torch.testing.assert_close(y, twin(x), rtol=1e-5, atol=1e-5)
+
+
+def test_blocks_of_few_pixels_take_the_plain_form(monkeypatch):
+    monkeypatch.undo()
+    model = create(dtype=torch.float32)
+    x = normal(4, 3, 32, 32, dtype=torch.float32)
+    for images, checkpointing, layers in ((x, False, 2), (x[:3], False, 0), (x[:3], True, 7)):
+        model.set_grad_checkpointing(checkpointing)
+        with runs_of(training_form._NewFeatures, training_form._Transition) as counts:
+            model(images)
+        assert counts == {'_NewFeatures': layers, '_Transition': 2}
 
 
 def test_traced_forms_train_as_the_plain_form():

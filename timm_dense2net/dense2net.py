@@ -33,7 +33,8 @@ from .fused import (
     FusedDenseBlock, FusedDenseTransition, FusedFeatures, FusedSplitHierarchyConv2d, is_fusable)
 from .in_place import parts_of, runs_by_parts
 from .packaged import check_pretrained, packaged_file
-from .training_form import block_in_training, has_training_form, transition_in_training
+from .training_form import (
+    block_has_training_form, block_in_training, has_training_form, transition_in_training)
 
 __all__ = ['Dense2Net', 'SplitHierarchyConv2d']
 
@@ -275,7 +276,7 @@ class DenseBlock(nn.ModuleDict):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not torch.jit.is_scripting():
-            if has_training_form(self, x):
+            if block_has_training_form(self, x):
                 return block_in_training(self, x)
             if runs_by_parts(self, x):
                 return torch.cat([self._features(part) for part in parts_of(x, self.out_chs)])

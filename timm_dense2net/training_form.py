@@ -22,7 +22,7 @@ The first term of dx is added up over all layers that read x in one matrix, and 
 two follow once, when these sums are complete: in the backward pass of what made x.
 """
 import math
-from typing import Any, Iterator, List, Optional, Sequence, Tuple
+from typing import Any, Iterator, List, NamedTuple, Optional, Sequence, Tuple, Union
 
 import torch
 import torch.nn as nn
@@ -33,14 +33,18 @@ from timm.layers import BatchNormAct2d
 
 from .hooks import has_hooks
 
-__all__ = ['block_in_training', 'has_training_form', 'transition_in_training']
+__all__ = ['block_has_training_form', 'block_in_training', 'has_training_form', 'transition_in_training']
 
 # Bytes of one intermediate result that each thread of a CPU works on at a time.
-CACHE_BYTES = 1 << 20
+CACHE_BYTES = 2 << 20
 
-# Up to this number of pixels of fewer channels than that make one row on a CPU.
+# Below this number of pixels a block takes less time in the plain form, and little memory in either.
+MANY_PIXELS = 4096
+
+# On a CPU up to this number of pixels make one row where they have fewer channels than NARROW, MANY values in all.
 ROW_PIXELS = 16
 NARROW = 64
+MANY = 1 << 15
 
 
 @torch.jit.ignore
@@ -63,34 +67,42 @@ def has_training_form(module: nn.Module, x: torch.Tensor) -> bool:
         and not has_hooks(*module.modules()))
 
 
+@torch.jit.ignore
+def block_has_training_form(block: nn.ModuleDict, x: torch.Tensor) -> bool:
+    """Whether a block runs on x (N, C, H, W) in the training form: it can, and time or, as asked for, memory is saved."""
+    return has_training_form(block, x) and (
+        x.numel() >= MANY_PIXELS * x.shape[1] or any(layer.grad_checkpointing for layer in block.values()))
+
+
 def _is_covered(norm: nn.Module) -> bool:
     return (
         type(norm) is BatchNormAct2d and norm.training and norm.affine
         and isinstance(norm.act, nn.ReLU) and isinstance(norm.drop, nn.Identity))
 
 
-class _Norm:
-    """Batch norm with ReLU of one batch.
+class _Norm(NamedTuple):
+    """Batch norm with ReLU of one batch; tensors are (C,)."""
+    mean: torch.Tensor
+    var: torch.Tensor  # biased
+    weight: torch.Tensor
+    bias: torch.Tensor
+    invstd: torch.Tensor
+    scale: torch.Tensor
+    shift: torch.Tensor
+    eps: float
 
-    Args:
-        mean: Mean of each channel (C,).
-        var: Biased variance (C,).
-        weight: Weight (C,).
-        bias: Bias (C,).
-        eps: Added to the variance.
-    """
-
-    def __init__(
-            self, mean: torch.Tensor, var: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float) -> None:
-        self.mean, self.var, self.weight, self.bias, self.eps = mean, var, weight, bias, eps
-        self.invstd = (var + eps).rsqrt()
-        self.scale = weight * self.invstd
-        self.shift = torch.addcmul(bias, mean, self.scale, value=-1)
+    @classmethod
+    def of_batch(
+            cls, mean: torch.Tensor, var: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float) -> '_Norm':
+        """The norm with this weight and bias of a batch with this mean and biased variance."""
+        invstd = (var + eps).rsqrt()
+        scale = weight * invstd
+        return cls(mean, var, weight, bias, invstd, scale, torch.addcmul(bias, mean, scale, value=-1), eps)
 
     def split(self, width: int) -> List['_Norm']:
         """Norms of ``width`` channels each."""
-        values = (value.split(width) for value in (self.mean, self.var, self.weight, self.bias))
-        return [_Norm(*channels, self.eps) for channels in zip(*values)]
+        *values, eps = self
+        return [_Norm(*channels, eps) for channels in zip(*(value.split(width) for value in values))]
 
     def forward(self, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
         """relu(norm(x)) of (..., C)."""
@@ -99,27 +111,35 @@ class _Norm:
         torch.addcmul(shift, x, scale, out=rows).clamp_min_(0)
         return out
 
-    def backward(self, dy: torch.Tensor, y: torch.Tensor, x: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
-        """Gradients of x and (2, C) of weight and bias from that of y, all (..., C); the statistics are those of x.
-
-        The gradient of x takes the place of dy.
-        """
-        daffine = self.parameter_gradients(dy, y, x, out=dy)
-        terms = _stats_terms(self.mean, self.stats_gradient(*daffine), x.numel() // x.shape[-1])
-        x, rows = _as_rows(x, dy)
+    def backward(self, dy: torch.Tensor, y: torch.Tensor, x: torch.Tensor) -> Tuple[torch.Tensor, ...]:
+        """Gradients of x, weight and bias from that of y, all (..., C), which is overwritten. The statistics are of x."""
+        x, dnormed = _as_rows(x, _relu_backward(dy, y, out=dy))
+        if x.shape[1] == len(self.mean):
+            dx, *daffine = self._backward(dnormed, x, [True, True, True])
+            return dx.view(y.shape), *daffine
+        daffine = self._affine_gradients(dnormed, x)
+        terms = _stats_terms(self.mean, self.stats_gradient(*daffine), y.numel() // y.shape[-1])
         offset, slope, scale = _repeat((*terms, self.scale), x)
         for part in _parts(x, *x.shape):
-            torch.addcmul(torch.addcmul(offset, x[part], slope), rows[part], scale, out=rows[part])
-        return dy, daffine
+            torch.addcmul(torch.addcmul(offset, x[part], slope), dnormed[part], scale, out=dnormed[part])
+        return dy, *daffine
 
     def parameter_gradients(
             self, dy: torch.Tensor, y: torch.Tensor, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
         """Gradients (2, C) of weight and bias from a part (..., C) of x; writes the gradient of norm(x) to out."""
         x, dnormed = _as_rows(x, _relu_backward(dy, y, out))
+        return self._affine_gradients(dnormed, x)
+
+    def _affine_gradients(self, dnormed: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """Gradients (2, C) of weight and bias from rows (rows, pixels * C)."""
+        _, *gradients = self._backward(dnormed, x, [False, True, True])
+        gradients = torch.stack(gradients)
+        return gradients if x.shape[1] == len(self.mean) else gradients.view(2, -1, len(self.mean)).sum(1)
+
+    def _backward(self, dnormed: torch.Tensor, x: torch.Tensor, mask: List[bool]) -> Tuple[torch.Tensor, ...]:
         weight, mean, invstd = _repeat((self.weight, self.mean, self.invstd), x)
-        _, *gradients = torch.ops.aten.native_batch_norm_backward(
-            dnormed, x, weight, None, None, mean, invstd, True, self.eps, [False, True, True])
-        return torch.stack(gradients).view(2, -1, len(self.mean)).sum(1)
+        return torch.ops.aten.native_batch_norm_backward(
+            dnormed, x, weight, None, None, mean, invstd, True, self.eps, mask)
 
     def stats_gradient(self, dweight: torch.Tensor, dbias: torch.Tensor) -> torch.Tensor:
         """Gradients (2, C) of mean and variance, from those of weight and bias."""
@@ -146,9 +166,10 @@ def _as_pixels(x: torch.Tensor) -> torch.Tensor:
 
 
 def _as_rows(*tensors: torch.Tensor) -> List[torch.Tensor]:
-    """(rows, pixels * C) of (..., C): several pixels as one row where C is small and memory allows, else one."""
+    """(rows, pixels * C) of (..., C), without a copy: several pixels as one row where that pays, else one."""
     channels, pixels = tensors[0].shape[-1], 1
-    if channels < NARROW and all(t.device.type == 'cpu' and t.is_contiguous() for t in tensors):
+    if channels < NARROW and tensors[0].numel() >= MANY and all(
+            t.device.type == 'cpu' and t.is_contiguous() for t in tensors):
         pixels = math.gcd(tensors[0].numel() // channels, ROW_PIXELS)
     return [t.view(-1, pixels * channels) for t in tensors]
 
@@ -167,11 +188,18 @@ def _batch_stats(x: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
     running = None
     if x.dtype.itemsize < 4:  # the statistics have the dtype of the running ones
         running = x.new_zeros(x.shape[1], dtype=torch.float32)
-    mean, var = (stats.view(-1, channels) for stats in torch.batch_norm_update_stats(x, running, running, 0.))
-    if len(mean) == 1:
-        return mean[0], var[0]
-    means, mean = mean, mean.mean(0)
-    return mean, (var + (means - mean).square()).mean(0)
+    mean, var = torch.batch_norm_update_stats(x, running, running, 0.)
+    if len(mean) == channels:
+        return mean, var
+    return _join_stats(mean.view(-1, channels), var.view(-1, channels), channels / len(mean))
+
+
+def _join_stats(
+        means: torch.Tensor, variances: torch.Tensor, share: Union[float, torch.Tensor],
+) -> Tuple[torch.Tensor, torch.Tensor]:
+    """Mean and biased variance (C,) of a whole from those (parts, C) of its parts and their share (parts, 1) in it."""
+    mean = (share * means).sum(0)
+    return mean, (share * (variances + (means - mean).square())).sum(0)
 
 
 def _stats_terms(mean: torch.Tensor, gradient: torch.Tensor, count: int) -> Tuple[torch.Tensor, torch.Tensor]:
@@ -315,7 +343,7 @@ class _LayerPass:
         self.splits = layer.conv2.scale if self.has_hierarchy else 1
         self.width = layer.conv1.out_channels // self.splits
         weight, bias, conv1, weight2, bias2, *rest = parameters
-        self.norm1 = _Norm(*buffers.stats[:, :self.in_chs], weight, bias, layer.norm1.eps)
+        self.norm1 = _Norm.of_batch(*buffers.stats[:, :self.in_chs], weight, bias, layer.norm1.eps)
         self.conv1 = conv1.flatten(1).to(dtype)
         self.affine2 = (weight2, bias2)
         if self.has_hierarchy:
@@ -331,9 +359,8 @@ class _LayerPass:
 
     def forward_kept(self, features: torch.Tensor) -> List[torch.Tensor]:
         """Outputs of conv1 and of the hierarchy's convolutions; the hierarchy's own goes to the scratch buffer 'y'."""
-        bottleneck = self._bottleneck(features[:, :self.in_chs])
-        stats2 = [torch.cat(stats) for stats in zip(*(_batch_stats(_as_maps(x)) for x in bottleneck))]
-        self.norm2 = _Norm(*stats2, *self.affine2, self.layer.norm2.eps)
+        bottleneck, stats2 = self._bottleneck(features[:, :self.in_chs])
+        self.norm2 = _Norm.of_batch(*stats2, *self.affine2, self.layer.norm2.eps)
         self.norms2 = self.norm2.split(self.width)
         ys = self._scratch('y', bottleneck).unbind()
         for norm, x, y in zip(self.norms2, bottleneck, ys):
@@ -341,7 +368,7 @@ class _LayerPass:
         outputs, self.norms = [], []
         for i, affine in enumerate(self.affines):
             z = self._conv(i, ys[i + 1].add_(ys[i]))
-            norm = _Norm(*_batch_stats(_as_maps(z)), *affine, self.layer.conv2.norms[i].eps)
+            norm = _Norm.of_batch(*_batch_stats(_as_maps(z)), *affine, self.layer.conv2.norms[i].eps)
             norm.forward(z, ys[i + 1])
             outputs.append(z)
             self.norms.append(norm)
@@ -350,14 +377,21 @@ class _LayerPass:
     def _scratch(self, name: str, like: torch.Tensor, splits: Optional[int] = None) -> torch.Tensor:
         return self.buffers.scratch(name, splits or self.splits, self.width, like)
 
-    def _bottleneck(self, features: torch.Tensor) -> torch.Tensor:
-        """Output of conv1 (splits, N, H, W, width)."""
+    def _bottleneck(self, features: torch.Tensor) -> Tuple[torch.Tensor, Tuple[torch.Tensor, torch.Tensor]]:
+        """Output of conv1 (splits, N, H, W, width), its mean and variance (splits * width,)."""
         out = features.new_empty((self.splits, len(features), self.width))
+        stats, shares = [], []
         for part in _parts(features, *features.shape):
             x = features[part]
-            y = self.norm1.forward(x, x.new_empty(x.shape))
-            out[:, part] = self._split(y @ self.conv1.t())
-        return out.view(self.splits, *self.buffers.size, self.width)
+            y = self.norm1.forward(x, x.new_empty(x.shape)) @ self.conv1.t()
+            out[:, part] = self._split(y)
+            stats.append(_batch_stats(y[..., None, None]))
+            shares.append(len(y) / len(features))
+        out = out.view(self.splits, *self.buffers.size, self.width)
+        if len(stats) == 1:
+            return out, stats[0]
+        means, variances = map(torch.stack, zip(*stats))
+        return out, _join_stats(means, variances, means.new_tensor(shares)[:, None])
 
     def _split(self, x: torch.Tensor) -> torch.Tensor:
         """(splits, pixels, width) of (pixels, splits * width)."""
@@ -413,7 +447,7 @@ class _LayerPass:
             if i > 0:
                 x = self.norms2[i].forward(bottleneck[i], self._scratch('x', ys, splits=1)[0])
                 total = torch.add(x, ys[i - 1], out=self._scratch('sum', ys, splits=1)[0])
-                dz, daffine = self.norms[i - 1].backward(dys[i], ys[i], outputs[i - 1])
+                dz, *daffine = self.norms[i - 1].backward(dys[i], ys[i], outputs[i - 1])
                 dx, dconv = self._conv_backward(i - 1, dz, total)
                 dys[i - 1].add_(dx)
                 dhierarchy = [dconv, *daffine, *dhierarchy]
@@ -544,7 +578,7 @@ class _Transition(Function):
             conv: torch.Tensor,
     ) -> torch.Tensor:
         x = x.contiguous(memory_format=torch.channels_last)
-        norm = ctx.norm = _Norm(*_batch_stats(x), weight, bias, transition.norm.eps)
+        norm = ctx.norm = _Norm.of_batch(*_batch_stats(x), weight, bias, transition.norm.eps)
         ctx.save_for_backward(x, weight, bias, conv)
         _update_running_stats(transition.norm, norm.mean, norm.var, x.numel() // x.shape[1])
         matrix = conv.flatten(1).to(x.dtype)
