@@ -69,9 +69,8 @@ def has_training_form(module: nn.Module, x: torch.Tensor) -> bool:
 
 @torch.jit.ignore
 def block_has_training_form(block: nn.ModuleDict, x: torch.Tensor) -> bool:
-    """Whether a block runs on x (N, C, H, W) in the training form: it can, and time or, as asked for, memory is saved."""
-    return has_training_form(block, x) and (
-        x.numel() >= MANY_PIXELS * x.shape[1] or any(layer.grad_checkpointing for layer in block.values()))
+    """Whether a block can run on x (N, C, H, W) in the training form and that saves time."""
+    return has_training_form(block, x) and x.numel() >= MANY_PIXELS * x.shape[1]
 
 
 def _is_covered(norm: nn.Module) -> bool:
