@@ -193,7 +193,9 @@ def test_gradcheck(kwargs):
     assert gradcheck(run, (x, *parameters), fast_mode=True)
 
 
-def test_autocast():
+@pytest.mark.parametrize('many', [1 << 15, 1])
+def test_autocast(many, monkeypatch):
+    monkeypatch.setattr(training_form, 'MANY', many)
     model = create(dtype=torch.float32, scale=4, growth_rate=16, drop_path_rate=0.2)
     for m in model.modules():
         if isinstance(m, torch.nn.BatchNorm2d):
