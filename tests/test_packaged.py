@@ -29,7 +29,7 @@ def no_cache():
 
 
 def test_list_pretrained_is_true():
-    assert f'{NAME}.quick_c100' in TAGGED
+    assert {f'{NAME}.small_c100', f'{NAME}.quick_c100'} <= set(TAGGED)
     ours = {n for n in timm.list_pretrained() if n.split('.')[0] in timm.list_models(module='dense2net')}
     assert ours == set(TAGGED)
     files = {f'{n}.safetensors' for n in TAGGED}
@@ -61,7 +61,7 @@ def test_weights_adapt_to_other_heads_and_inputs():
 def test_a_name_without_weights_says_so():
     with pytest.raises(RuntimeError) as info:
         timm.create_model('dense2net201_s8', pretrained=True)
-    assert 'dense2net201_s8' in str(info.value) and f'{NAME}.quick_c100' in str(info.value)
+    assert 'dense2net201_s8' in str(info.value) and f'{NAME}.small_c100' in str(info.value)
 
 
 def test_own_weights_by_overlay(tmp_path):
@@ -103,7 +103,7 @@ def test_weights_that_fit_no_name_are_not_packaged(changed, message, tmp_path, m
 @pytest.mark.skipif(not CIFAR100.is_dir(), reason='needs ../shared/cifar100, the CIFAR-100 parquet files')
 def test_test_split_accuracy_is_that_of_the_table(tmp_path):
     with open(ROOT / 'results' / 'results.csv', newline='') as f:
-        row = next(r for r in csv.DictReader(f) if r['model'] == NAME and r['tag'] == 'quick_c100')
+        row = next(r for r in csv.DictReader(f) if r['model'] == NAME and r['tag'] == 'small_c100')
     figures = tmp_path / 'figures.json'
     args = ['--model', NAME, '--pretrained', '--dataset', f'hfds/{CIFAR100}', '--output', str(figures)]
     assert evaluate_main(args) == 0
