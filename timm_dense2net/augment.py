@@ -334,7 +334,7 @@ class BatchAugment:
 
 @dataclass(frozen=True)
 class ProgressiveResize:
-    """Smaller images in the first epochs, which cost less time than they cost accuracy.
+    """Smaller images in the first epochs, which take less time.
 
     The side grows evenly from epoch to epoch, in multiples of 4 pixels, as in the progressive learning of EfficientNetV2
     (https://arxiv.org/abs/2104.00298).

@@ -176,7 +176,8 @@ def build_loader(
     return BatchLoader(
         images, batch_size * processes.world_size, device=processes.device, mean=data.mean, std=data.std, train=train,
         augment=_augment_config(args) if train else None, progressive=_progressive_resize(args) if train else None,
-        seed=args.seed, rank=processes.rank, world_size=processes.world_size, channels_last=args.channels_last, num_workers=args.workers)
+        seed=args.seed, rank=processes.rank, world_size=processes.world_size, channels_last=args.channels_last,
+        num_workers=args.workers)
 
 
 def _augment_config(args: argparse.Namespace) -> AugmentConfig | None:

@@ -33,8 +33,7 @@ from .fused import (
     FusedDenseBlock, FusedDenseTransition, FusedFeatures, FusedSplitHierarchyConv2d, is_fusable)
 from .in_place import parts_of, runs_by_parts
 from .packaged import check_pretrained, packaged_file
-from .training_form import (
-    block_has_training_form, block_in_training, has_training_form, transition_in_training)
+from .training_form import block_has_training_form, block_in_training, has_training_form, transition_in_training
 
 __all__ = ['Dense2Net', 'SplitHierarchyConv2d']
 

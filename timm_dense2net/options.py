@@ -366,8 +366,8 @@ def check_args(args: argparse.Namespace) -> None:
             ('res2net_scale', 2),
             ('epochs', 1), ('batch_size', 1), ('validation_batch_size', 1), ('grad_accum_steps', 1),
             ('log_interval', 1), ('checkpoint_interval', 0), ('hold_out', 0), ('early_stop_patience', 0),
-            ('initial_img_size', 1), ('full_size_epoch', 1), ('workers', 0), ('freeze_stages', 0), ('patience_epochs', 0), ('warmup_epochs', 0), ('num_classes', 1),
-            ('lr', 0), ('weight_decay', 0), ('seed', 0)):
+            ('initial_img_size', 1), ('full_size_epoch', 1), ('workers', 0), ('freeze_stages', 0),
+            ('patience_epochs', 0), ('warmup_epochs', 0), ('num_classes', 1), ('lr', 0), ('weight_decay', 0), ('seed', 0)):
         value = getattr(args, name)
         if value is not None and value < least:
             raise ValueError(f'--{name.replace("_", "-")} must be at least {least}, got {value}')
