@@ -409,8 +409,8 @@ def check_args(args: argparse.Namespace) -> None:
 def _check_progressive_resizing(args: argparse.Namespace) -> None:
     if (args.initial_img_size is None) != (args.full_size_epoch is None):
         raise ValueError('--initial-img-size and --full-size-epoch go together: give both or neither')
-    if args.full_size_epoch and args.full_size_epoch >= args.epochs:
-        raise ValueError(f'--full-size-epoch {args.full_size_epoch} leaves nothing of --epochs {args.epochs}')
+    if args.full_size_epoch and args.full_size_epoch > args.epochs:
+        raise ValueError(f'--full-size-epoch {args.full_size_epoch} is past the end of --epochs {args.epochs}')
 
 
 def _check_start(args: argparse.Namespace) -> None:
