@@ -8,12 +8,13 @@ import torch
 from PIL import Image
 from torch import nn
 
-import timm_dense2net  # noqa: F401
+from timm_dense2net import evaluate as evaluate_module
 from timm_dense2net.checkpoint import save_weights
 from timm_dense2net.classes import CIFAR100_CLASSES
 from timm_dense2net.convert import conversion_metadata, convert_res2net
 from timm_dense2net.data import ImageArrays, load_arrays
 from timm_dense2net.evaluate import CORRUPTIONS, FlipAverage, corrupt, cross_fit_calibration, evaluate, main
+from timm_dense2net.fused import FusedDenseBlock
 from timm_dense2net.results import expected_calibration_error
 from timm_dense2net.trained import TrainedModel, load_trained
 
@@ -205,6 +206,23 @@ def test_command_prints_all_figures_of_a_checkpoint(folder, tmp_path, capsys):
     assert out[2].startswith(f'ECE {ece["ece"]:.4f}, {ece["ece_scaled"]:.4f} after temperature scaling')
     assert [line.split()[0] for line in out[5:]] == list(CORRUPTIONS) == list(figures['corruptions'])
     assert all(len(values) == 5 for values in figures['corruptions'].values())
+
+
+def test_the_form_for_inference_finds_the_same(folder, tmp_path, monkeypatch):
+    save_model(tmp_path / 'last.safetensors', **full_metadata())
+    figures, evaluated = [], []
+    monkeypatch.setattr(evaluate_module, 'evaluate', lambda trained, *args, **kwargs: (
+        evaluated.append(trained.model), evaluate(trained, *args, **kwargs))[1])
+    for words in ([], ['--reparam']):
+        path = tmp_path / 'out.json'
+        assert main([
+            '--checkpoint', str(tmp_path), '--dataset', str(folder), '--device', 'cpu', '--calibration', '--output',
+            str(path), *words]) == 0
+        figures.append(json.loads(path.read_text()))
+    plain, fused = (any(isinstance(m, FusedDenseBlock) for m in model.modules()) for model in evaluated)
+    assert fused and not plain
+    assert figures[0]['top1'] == figures[1]['top1']
+    assert figures[0]['calibration']['ece'] == pytest.approx(figures[1]['calibration']['ece'], abs=1e-4)
 
 
 def test_images_are_brought_to_the_size_the_model_was_trained_at(folder, tmp_path):

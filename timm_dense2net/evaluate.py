@@ -1,7 +1,7 @@
 """`python -m timm_dense2net evaluate`: the accuracy of a trained model on a test split, and how far it can be trusted.
 
     evaluate --model dense2net40_k12_s4 --pretrained --dataset torch/cifar100 --data-dir data
-    evaluate --checkpoint output/RUN --dataset torch/cifar100 --data-dir data --tta-flip --calibration --corruptions
+    evaluate --checkpoint output/RUN --dataset torch/cifar100 --data-dir data --tta-flip --calibration --corruptions --reparam
 """
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import torch.nn as nn
 from PIL import Image
-from timm.utils import accuracy
+from timm.utils import accuracy, reparameterize_model
 from torchvision.transforms.v2 import functional as F
 from tqdm import tqdm
 
@@ -240,6 +240,8 @@ def _build_parser() -> argparse.ArgumentParser:
     parser.add_argument('--img-size', type=int, metavar='N', help="side to resize the images to (the model's)")
     parser.add_argument('-b', '--batch-size', type=int, default=256, metavar='N')
     parser.add_argument('--device', metavar='NAME', help='cpu, cuda, ... (cuda where there is one)')
+    parser.add_argument(
+        '--reparam', action='store_true', help="evaluate the model's form for inference, the same up to rounding")
     parser.add_argument('--tta-flip', action='store_true', help='also average the logits of each image and its mirror')
     parser.add_argument('--calibration', action='store_true', help='also print the expected calibration error')
     parser.add_argument('--corruptions', action='store_true', help='also evaluate under noise, blur, contrast and JPEG')
@@ -261,6 +263,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         device = start_processes(args.device).device
         trained = load_trained(args.model, args.checkpoint)
+        if args.reparam:
+            trained = dataclasses.replace(trained, model=reparameterize_model(trained.model))
         img_size = args.img_size or trained.data_config['input_size'][-1]
         arrays = load_arrays(
             args.dataset, 'test', data_dir=args.data_dir, img_size=img_size, input_key=args.input_key,
