@@ -114,7 +114,6 @@ def test_unknown_recipe_lists_those_there_are(capsys):
     (['--torchcompile', 'inductr'], ['inductr', 'inductor']),
     (['--mean', '0.5', '--std', '0'], ['--std', '0']),
     (['--initial-img-size', '16'], ['--initial-img-size', '--full-size-epoch', 'both']),
-    (['--initial-img-size', '16', '--full-size-epoch', '6', '--epochs', '5'], ['--full-size-epoch 6', '--epochs 5']),
 ])
 def test_what_cannot_be_is_said_at_the_start(tmp_path, monkeypatch, capsys, argv, words):
     monkeypatch.chdir(tmp_path)

@@ -93,7 +93,8 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument('--img-size', type=int, metavar='N', help="side of the images (the data set's own)")
     group.add_argument('--initial-img-size', type=int, metavar='N', help=(
         "progressive resizing: shorter side of the first epoch's training images; it grows up to --full-size-epoch"))
-    group.add_argument('--full-size-epoch', type=int, metavar='N', help='first epoch at full size, counted from 0')
+    group.add_argument('--full-size-epoch', type=int, metavar='N', help=(
+        'first epoch at full size, counted from 0; a run of N epochs or fewer ends before it'))
     group.add_argument('--mean', type=float, nargs='+', metavar='MEAN', help='override the mean, pixels in 0..1')
     group.add_argument('--std', type=float, nargs='+', metavar='STD', help='override the standard deviation')
 
@@ -409,8 +410,6 @@ def check_args(args: argparse.Namespace) -> None:
 def _check_progressive_resizing(args: argparse.Namespace) -> None:
     if (args.initial_img_size is None) != (args.full_size_epoch is None):
         raise ValueError('--initial-img-size and --full-size-epoch go together: give both or neither')
-    if args.full_size_epoch and args.full_size_epoch > args.epochs:
-        raise ValueError(f'--full-size-epoch {args.full_size_epoch} is past the end of --epochs {args.epochs}')
 
 
 def _check_start(args: argparse.Namespace) -> None:
