@@ -218,8 +218,17 @@ class FusedDenseTransition(nn.Module):
         self.requires_grad_(False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.conv.clamp(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-        return self.conv.linear(self.pool(x).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        return self._pool_and_mix(self.conv.clamp(x.permute(0, 2, 3, 1)))
+
+    @torch.jit.unused
+    def overwrite(self, x: torch.Tensor) -> torch.Tensor:
+        """The same, with the clamp written to x."""
+        x = x.permute(0, 2, 3, 1)
+        return self._pool_and_mix(torch.clamp(x, self.conv.lo, self.conv.hi, out=x))
+
+    def _pool_and_mix(self, clamped: torch.Tensor) -> torch.Tensor:
+        x = self.pool(clamped.permute(0, 3, 1, 2))
+        return self.conv.linear(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
 class FusedFeatures(nn.Sequential):
@@ -235,11 +244,16 @@ class FusedFeatures(nn.Sequential):
 
     @torch.jit.unused
     def _forward_in_place(self, x: torch.Tensor) -> torch.Tensor:
+        # As the blocks hold their features; the first convolution is faster so, too.
+        x = x.contiguous(memory_format=torch.channels_last)
         layers = iter(self)
         for layer in layers:
             # Asked of each block's own input, which has a gradient where the stem is trained.
             if isinstance(layer, FusedDenseBlock) and not (is_recorded(x) or has_hooks(layer, *layer.values())):
-                x = block_in_place(layer, x, next(layers, None))
+                follower = next(layers, None)
+                if isinstance(follower, FusedDenseTransition) and not has_hooks(follower):
+                    follower = follower.overwrite
+                x = block_in_place(layer, x, follower)
             else:
                 x = layer(x)
         return x

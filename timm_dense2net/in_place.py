@@ -4,7 +4,7 @@ A dense block's features lie in one (N, H, W, C) buffer, each written once where
 of a block take turns in the same scratch buffers. On a CPU a block runs on so few images at a time, that its features
 stay in the caches, and what follows it (transition or final norm) takes them from there.
 """
-from typing import Iterable, Optional, Sequence
+from typing import Callable, Iterable, Optional, Sequence
 
 import torch
 import torch.nn as nn
@@ -30,13 +30,41 @@ def is_recorded(x: torch.Tensor) -> bool:
 
 
 @torch.jit.ignore
-def block_in_place(block: nn.ModuleDict, x: torch.Tensor, follower: Optional[nn.Module] = None) -> torch.Tensor:
-    """Features (N, out_chs, H, W) of a ``FusedDenseBlock``, channels last, or what the follower makes of them."""
-    outputs = []
-    for part in parts_of(x, block.out_chs):
-        features = _run_block(block, part)
-        outputs.append(features if follower is None else follower(features))
-    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+def block_in_place(
+        block: nn.ModuleDict,
+        x: torch.Tensor,
+        follower: Optional[Callable[[torch.Tensor], torch.Tensor]] = None,
+) -> torch.Tensor:
+    """Features (N, out_chs, H, W) of a ``FusedDenseBlock``, channels last, or what the follower makes of them.
+
+    The follower may overwrite what it is given: parts of the images take turns in the same buffers, as memory that is
+    new to the process costs more than what is computed in it.
+    """
+    parts = parts_of(x, block.out_chs)
+    n, _, h, w = parts[0].shape
+    features = x.new_empty((n if follower else len(x), h, w, block.out_chs))
+    layers = list(block.values())
+    clamped = x.new_empty(n * h * w * layers[-1].in_chs)
+    bottleneck = x.new_empty((n, h, w, layers[0].conv1.linear.out_features))
+    output, done = None, 0
+    for part in parts:
+        start = 0 if follower else done
+        of_part = features[start:start + len(part)]
+        _run_block(layers, part, of_part, clamped, bottleneck[:len(part)])
+        if follower:
+            output = _put(follower(of_part.permute(0, 3, 1, 2)), output, done, len(x))
+        done += len(part)
+    return output if follower else features.permute(0, 3, 1, 2)
+
+
+def _put(part: torch.Tensor, output: Optional[torch.Tensor], start: int, size: int) -> torch.Tensor:
+    """The output of ``size`` images, made for the first part of them, with a part in its place."""
+    if len(part) == size:
+        return part
+    if output is None:
+        output = torch.empty_like(part[:1].expand(size, *part.shape[1:]), memory_format=torch.channels_last)
+    output[start:start + len(part)] = part
+    return output
 
 
 def parts_of(x: torch.Tensor, channels: int) -> Sequence[torch.Tensor]:
@@ -54,18 +82,18 @@ def runs_by_parts(block: nn.ModuleDict, x: torch.Tensor) -> bool:
     return not any(m.training or getattr(m, 'running_mean', m) is None for m in block.modules())
 
 
-def _run_block(block: nn.ModuleDict, x: torch.Tensor) -> torch.Tensor:
-    n, c, h, w = x.shape
-    features = x.new_empty((n, h, w, block.out_chs))
-    features[..., :c] = x.permute(0, 2, 3, 1)
-    layers = list(block.values())
-    first, last = layers[0], layers[-1]
-    clamped = x.new_empty(n * h * w * last.in_chs)
-    bottleneck = x.new_empty((n, h, w, first.conv1.linear.out_features))
-    hierarchy = _Hierarchy(bottleneck, first.conv2) if first.has_hierarchy else None
+def _run_block(
+        layers: Sequence[nn.Module],
+        x: torch.Tensor,
+        features: torch.Tensor,
+        clamped: torch.Tensor,
+        bottleneck: torch.Tensor,
+) -> None:
+    """Writes x and all layers' features to ``features`` (N, H, W, C); ``clamped`` and ``bottleneck`` are scratch."""
+    features[..., :x.shape[1]] = x.permute(0, 2, 3, 1)
+    hierarchy = _Hierarchy(bottleneck, layers[0].conv2) if layers[0].has_hierarchy else None
     for layer in layers:
         _run_layer(layer, features, clamped, bottleneck, hierarchy)
-    return features.permute(0, 3, 1, 2)
 
 
 def _run_layer(
