@@ -242,7 +242,7 @@ def test_hooks_are_called():
     x = images(2, 3, 32, 32)
     expected = fused(x)
     block = fused.features.denseblock2
-    for module in (block, block.denselayer2):
+    for module in (block, block.denselayer2, fused.features.transition1):
         seen = []
         handle = module.register_forward_hook(lambda *args: seen.append(args))
         torch.testing.assert_close(fused(x), expected)
