@@ -1,5 +1,6 @@
 """The training form equals the plain form: outputs, gradients of input and parameters, running statistics."""
 import copy
+from collections import OrderedDict
 from contextlib import contextmanager
 
 import pytest
@@ -186,11 +187,14 @@ def test_gradcheck(kwargs):
         p.data = p.data + 0.3 * normal(*p.shape, seed=i)
         p.requires_grad_()
 
-    def run(x, *_):
-        return transition(block(x))
-
+    features = dense2net.Features(OrderedDict(denseblock1=block, transition1=transition))
     x = normal(2, 3, 4, 5).requires_grad_()
-    assert gradcheck(run, (x, *parameters), fast_mode=True)
+    for run, outputs in ((lambda x: transition(block(x)), 1), (features, 0)):
+        with runs_of(training_form._Output, training_form._Transition) as counts:
+            y = run(x)
+        assert counts == {'_Output': outputs, '_Transition': 1}
+        torch.testing.assert_close(y, transition(block(x)))
+        assert gradcheck(lambda x, *_: run(x), (x, *parameters), fast_mode=True)
 
 
 @pytest.mark.parametrize('many', [1 << 15, 1])

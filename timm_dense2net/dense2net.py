@@ -365,8 +365,33 @@ def _create_stem(
     return layers, feature_name, 2
 
 
+def _join_in_training(layer: nn.Module, follower: nn.Module, x: torch.Tensor) -> bool:
+    """Whether the two are a dense block and its transition and run on x in their training form."""
+    return (
+        isinstance(layer, DenseBlock) and isinstance(follower, DenseTransition)
+        and block_has_training_form(layer, x) and has_training_form(follower, x))
+
+
 class Features(nn.Sequential):
     """Stem, dense blocks with the transitions between them, and the final norm."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not torch.jit.is_scripting():
+            return self._forward_eagerly(x)
+        for layer in self:
+            x = layer(x)
+        return x
+
+    @torch.jit.unused
+    def _forward_eagerly(self, x: torch.Tensor) -> torch.Tensor:
+        layers = list(self)
+        while layers:
+            layer = layers.pop(0)
+            if layers and _join_in_training(layer, layers[0], x):
+                x = block_in_training(layer, x, layers.pop(0))
+            else:
+                x = layer(x)
+        return x
 
     @torch.jit.ignore
     def fuse(self) -> nn.Module:

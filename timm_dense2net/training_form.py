@@ -4,7 +4,8 @@ A block's features lie in one (pixels, channels) matrix, channels last, where ea
 keeps or passes over once more for every layer that reads a feature is done once or made again:
 
 * The batch statistics of a concatenation are the concatenation of the statistics. A feature's mean and variance are
-  computed when it is made, and all norms that read it share them; each updates its own running statistics from them.
+  computed when it is made, and all norms that read it share them, that of the transition too; each updates its own
+  running statistics from them.
 * Of a layer only the bottleneck (conv1's output) and the outputs of the hierarchy's convolutions are kept, with
   gradient checkpointing not even these. Concatenations, norms and activations are computed again in backward, as in
   `Memory-Efficient Implementation of DenseNets` - https://arxiv.org/abs/1707.06990
@@ -265,6 +266,11 @@ class _Buffers:
     def free_scratch(self) -> None:
         self._scratch.clear()
 
+    def release(self) -> None:
+        """Leave the features to the graph alone."""
+        self.free_scratch()
+        self.features = None
+
 
 class _AddFeatures(Function):
     """Write maps (N, C, H, W) and their statistics into the buffers, from a channel on.
@@ -302,8 +308,6 @@ class _Output(Function):
     @staticmethod
     def forward(ctx: Any, buffers: _Buffers, features: torch.Tensor, stats: torch.Tensor) -> torch.Tensor:
         ctx.buffers = buffers
-        buffers.free_scratch()
-        buffers.features = None  # kept by the graph alone from here on
         return _as_maps(features.detach().view(*buffers.size, -1))
 
     @staticmethod
@@ -550,9 +554,84 @@ class _NewFeatures(Function):
         return None, None, dfeatures, dstats, *gradients
 
 
+class _Statistics(Function):
+    """Pixels (N * H * W, C) of maps (N, C, H, W), and their mean and variance (2, C)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
+        x = x.contiguous(memory_format=torch.channels_last)
+        ctx.size = (x.shape[0], *x.shape[2:])
+        features, stats = _as_pixels(x.detach()), torch.stack(_batch_stats(x))
+        ctx.save_for_backward(features, stats)
+        return features, stats
+
+    @staticmethod
+    def backward(ctx: Any, dfeatures: torch.Tensor, dstats: torch.Tensor) -> torch.Tensor:
+        features, stats = ctx.saved_tensors
+        _add_stats_gradient(dfeatures, features, stats[0], dstats, out=dfeatures)
+        return _as_maps(dfeatures.view(*ctx.size, -1))
+
+
+class _Transition(Function):
+    """Norm, ReLU, average pooling, 1x1 convolution, which gives what pooling after it gives.
+
+    Of features (N * H * W, C) and their statistics (2, C); size is (N, H, W). The gradients of both are its own: what
+    made the features adds to them in place.
+    """
+
+    @staticmethod
+    def forward(
+            ctx: Any,
+            transition: nn.Sequential,
+            size: Tuple[int, int, int],
+            features: torch.Tensor,
+            stats: torch.Tensor,
+            weight: torch.Tensor,
+            bias: torch.Tensor,
+            conv: torch.Tensor,
+    ) -> torch.Tensor:
+        norm = ctx.norm = _Norm.of_batch(*stats, weight, bias, transition.norm.eps)
+        ctx.size = size
+        ctx.save_for_backward(features, weight, bias, conv)
+        _update_running_stats(transition.norm, norm.mean, norm.var, len(features))
+        x = features.view(*size, -1)
+        matrix = conv.flatten(1).to(x.dtype)
+        n, h, w = size
+        out = x.new_empty((n, h // 2, w // 2, len(matrix)))
+        for images in _parts(x, n, x[0].numel()):
+            y = norm.forward(x[images], torch.empty_like(x[images]))
+            out[images] = F.avg_pool2d(_as_maps(y), 2).permute(0, 2, 3, 1) @ matrix.t()
+        return _as_maps(out)
+
+    @staticmethod
+    def backward(ctx: Any, dout: torch.Tensor):
+        _check_first_order()
+        features, _, _, conv = ctx.saved_tensors
+        norm = ctx.norm
+        x = features.view(*ctx.size, -1)
+        matrix = conv.flatten(1).to(x.dtype)
+        daffine = norm.mean.new_zeros((2, x.shape[-1]))
+        dconv = torch.zeros_like(matrix, dtype=conv.dtype)
+        dx = torch.empty_like(x)
+        with torch.autocast(x.device.type, enabled=False):
+            for images in _parts(x, len(x), x[0].numel()):
+                y, d = norm.forward(x[images], torch.empty_like(x[images])), dout[images].permute(0, 2, 3, 1)
+                dconv += d.flatten(0, 2).t() @ _as_pixels(F.avg_pool2d(_as_maps(y), 2))
+                dy = torch.ops.aten.avg_pool2d_backward(
+                    _as_maps(d @ matrix), _as_maps(y), [2, 2], [2, 2], [0, 0], False, True, None).permute(0, 2, 3, 1)
+                daffine += norm.parameter_gradients(dy, y, x[images], out=dy)
+                torch.mul(dy, norm.scale.to(x.dtype), out=dx[images])
+        dstats = norm.stats_gradient(*daffine)
+        return None, None, dx.view(features.shape), dstats, *daffine, dconv[..., None, None]
+
+
 @torch.jit.ignore
-def block_in_training(block: nn.ModuleDict, x: torch.Tensor) -> torch.Tensor:
-    """Features (N, in_chs + num_layers * growth_rate, H, W), channels last in memory, of x (N, in_chs, H, W)."""
+def block_in_training(
+        block: nn.ModuleDict, x: torch.Tensor, transition: Optional[nn.Sequential] = None) -> torch.Tensor:
+    """Features (N, in_chs + num_layers * growth_rate, H, W), channels last in memory, of x (N, in_chs, H, W).
+
+    With a transition its output, (N, out_chs, H // 2, W // 2), which takes the features' statistics as they are.
+    """
     layers = list(block.values())
     buffers = _Buffers(x, layers[-1].conv1.in_channels + layers[-1].growth_rate)
     features, stats = _AddFeatures.apply(buffers, 0, x, buffers.features.detach(), buffers.stats.detach())
@@ -561,64 +640,23 @@ def block_in_training(block: nn.ModuleDict, x: torch.Tensor) -> torch.Tensor:
             new, features, stats = _NewFeatures.apply(buffers, layer, features, stats, *_layer_parameters(layer))
         new = layer.drop_path(layer.attn(new))
         features, stats = _AddFeatures.apply(buffers, layer.conv1.in_channels, new, features, stats)
-    return _Output.apply(buffers, features, stats)
-
-
-class _Transition(Function):
-    """Norm, ReLU, average pooling, 1x1 convolution of (N, C, H, W), which gives what pooling after it gives."""
-
-    @staticmethod
-    def forward(
-            ctx: Any,
-            transition: nn.Sequential,
-            x: torch.Tensor,
-            weight: torch.Tensor,
-            bias: torch.Tensor,
-            conv: torch.Tensor,
-    ) -> torch.Tensor:
-        x = x.contiguous(memory_format=torch.channels_last)
-        norm = ctx.norm = _Norm.of_batch(*_batch_stats(x), weight, bias, transition.norm.eps)
-        ctx.save_for_backward(x, weight, bias, conv)
-        _update_running_stats(transition.norm, norm.mean, norm.var, x.numel() // x.shape[1])
-        matrix = conv.flatten(1).to(x.dtype)
-        n, _, h, w = x.shape
-        out = x.new_empty((n, h // 2, w // 2, len(matrix)))
-        for images in _parts(x, n, x[0].numel()):
-            y = _normalized(norm, x[images])
-            out[images] = F.avg_pool2d(y, 2).permute(0, 2, 3, 1) @ matrix.t()
-        return _as_maps(out)
-
-    @staticmethod
-    def backward(ctx: Any, dout: torch.Tensor):
-        _check_first_order()
-        x, _, _, conv = ctx.saved_tensors
-        norm = ctx.norm
-        matrix = conv.flatten(1).to(x.dtype)
-        daffine = norm.mean.new_zeros((2, x.shape[1]))
-        dconv = torch.zeros_like(matrix, dtype=conv.dtype)
-        dx = torch.empty_like(x, memory_format=torch.channels_last)
-        with torch.autocast(x.device.type, enabled=False):
-            for images in _parts(x, len(x), x[0].numel()):
-                y, d = _normalized(norm, x[images]), dout[images].permute(0, 2, 3, 1)
-                dconv += d.flatten(0, 2).t() @ _as_pixels(F.avg_pool2d(y, 2))
-                dy = _as_pixels(torch.ops.aten.avg_pool2d_backward(
-                    _as_maps(d @ matrix), y, [2, 2], [2, 2], [0, 0], False, True, None))
-                daffine += norm.parameter_gradients(dy, _as_pixels(y), _as_pixels(x[images]), out=dy)
-                torch.mul(dy, norm.scale.to(x.dtype), out=_as_pixels(dx[images]))
-            pixels = _as_pixels(dx)
-            _add_stats_gradient(pixels, _as_pixels(x), norm.mean, norm.stats_gradient(*daffine), out=pixels)
-        return None, dx, *daffine, dconv[..., None, None]
-
-
-def _normalized(norm: _Norm, x: torch.Tensor) -> torch.Tensor:
-    """relu(norm(x)) of maps (N, C, H, W), channels last in memory."""
-    x = x.permute(0, 2, 3, 1)
-    return _as_maps(norm.forward(x, torch.empty_like(x)))
+    buffers.release()
+    if transition is None:
+        return _Output.apply(buffers, features, stats)
+    return _apply_transition(transition, buffers.size, features, stats)
 
 
 @torch.jit.ignore
 def transition_in_training(transition: nn.Sequential, x: torch.Tensor) -> torch.Tensor:
     """Output (N, out_chs, H // 2, W // 2), channels last in memory, of x (N, in_chs, H, W)."""
-    norm, conv = transition.norm, transition.conv
     with torch.autocast(x.device.type, enabled=False):
-        return _Transition.apply(transition, x, norm.weight, norm.bias, conv.weight)
+        features, stats = _Statistics.apply(x)
+    return _apply_transition(transition, (x.shape[0], *x.shape[2:]), features, stats)
+
+
+def _apply_transition(
+        transition: nn.Sequential, size: Tuple[int, int, int], features: torch.Tensor, stats: torch.Tensor,
+) -> torch.Tensor:
+    norm, conv = transition.norm, transition.conv
+    with torch.autocast(features.device.type, enabled=False):
+        return _Transition.apply(transition, size, features, stats, norm.weight, norm.bias, conv.weight)
