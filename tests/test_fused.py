@@ -1,11 +1,13 @@
 """The inference form equals the plain form in eval mode, whatever its weights, shapes, dtypes and surroundings."""
 import copy
+import threading
 
 import pytest
 import timm
 import torch
 from timm.layers import convert_sync_batchnorm, freeze_batch_norm_2d
 from timm.utils import reparameterize_model
+from torch.utils.flop_counter import FlopCounterMode
 
 import timm_dense2net
 from timm_dense2net.dense2net import Dense2Net, SplitHierarchyConv2d
@@ -87,9 +89,57 @@ def test_batch_larger_than_what_is_worked_on_at_a_time(monkeypatch):
     x = images(7, 3, 32, 32)
     with torch.no_grad():
         expected = fused(x)
-        monkeypatch.setattr(timm_dense2net.in_place, 'CACHE_BYTES', 200_000)  # two images of the first block
+        monkeypatch.setattr(  # two images of the first block
+            timm_dense2net.in_place, 'CACHE_BYTES', 200_000 // torch.get_num_threads())
         torch.testing.assert_close(fused(x), expected)
         assert fused(x[:0]).shape == (0, 10)
+
+
+@pytest.fixture
+def three_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_groups_of_a_large_batch_have_threads_of_their_own(three_threads, monkeypatch):
+    fused = reparameterize_model(create(drop_path_rate=0.5))
+    ran = []
+    run = fused.features._forward_in_place
+
+    def recorded(x):
+        ran.append((len(x), threading.get_ident(), torch.get_num_threads()))
+        return run(x)
+
+    def groups_of(x):
+        ran.clear()
+        return fused(x), sorted(size for size, _, _ in ran)
+
+    monkeypatch.setattr(fused.features, '_forward_in_place', recorded)
+    x = images(50, 3, 32, 32)
+    few = 2 * 3 * timm_dense2net.in_place.GROUP_IMAGES - 1
+    for context in (torch.no_grad, torch.inference_mode):
+        with context():
+            y, sizes = groups_of(x)
+            assert sizes == [25, 25] and len({thread for _, thread, _ in ran}) == 2
+            assert {threads for _, _, threads in ran} == {1} and torch.get_num_threads() == 3
+            assert y.is_inference() == torch.is_inference_mode_enabled()
+            torch.testing.assert_close(y, torch.cat([fused(part) for part in x.split(10)]))
+            assert groups_of(x[:few])[1] == [few]
+    with torch.no_grad():
+        # What belongs to the calling thread, or to the batch as a whole, keeps it together.
+        with FlopCounterMode(display=False) as counter:
+            assert groups_of(x)[1] == [50] and counter.get_total_flops()
+        handle = fused.features.denseblock2.denselayer1.register_forward_hook(lambda *args: None)
+        assert groups_of(x)[1] == [50]
+        handle.remove()
+        fused.train()  # drop-path draws at random
+        assert groups_of(x)[1] == [50]
+        fused.eval()
+    assert groups_of(x)[1] == [50]
+    with torch.no_grad(), pytest.raises(RuntimeError, match='channels'):
+        fused.features(images(50, 4, 32, 32))
 
 
 @pytest.mark.parametrize('kind', ['s4', 's8', 'groups'])

@@ -398,7 +398,11 @@ class Features(nn.Sequential):
         """Form for inference; itself if its norms are other than batch norm with ReLU."""
         layers = OrderedDict(
             (name, layer.fuse() if hasattr(layer, 'fuse') else layer) for name, layer in self.named_children())
-        return FusedFeatures(layers) if any(isinstance(m, FusedDenseBlock) for m in layers.values()) else self
+        if not any(isinstance(m, FusedDenseBlock) for m in layers.values()):
+            return self
+        fused = FusedFeatures(layers)
+        fused.training = self.training
+        return fused
 
 
 class Dense2Net(nn.Module):

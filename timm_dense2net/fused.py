@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from timm.layers import BatchNormAct2d, FrozenBatchNormAct2d, SyncBatchNormAct
 
 from .hooks import has_hooks
-from .in_place import block_in_place, is_recorded
+from .in_place import block_in_place, in_groups, is_recorded
 
 __all__ = ['FusedDenseBlock', 'FusedDenseTransition', 'FusedFeatures', 'FusedSplitHierarchyConv2d', 'is_fusable']
 
@@ -124,6 +124,7 @@ class FusedSplitHierarchyConv2d(nn.Module):
 
     def __init__(self, hierarchy: nn.Module) -> None:
         super().__init__()
+        self.training = hierarchy.training
         self.scale = hierarchy.scale
         self.width = hierarchy.width
         self.kernel_size = hierarchy.kernel_size
@@ -162,6 +163,7 @@ class FusedDenseLayer(nn.Module):
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
+        self.training = layer.training
         self.in_chs = layer.conv1.in_channels
         self.growth_rate = layer.growth_rate
         self.conv1 = ClampLinear(layer.norm1, layer.conv1, norm_after=layer.norm2)
@@ -191,6 +193,7 @@ class FusedDenseBlock(nn.ModuleDict):
 
     def __init__(self, block: nn.Module) -> None:
         super().__init__()
+        self.training = block.training
         for name, layer in block.items():
             self.add_module(name, FusedDenseLayer(layer))
             self.out_chs = layer.conv1.in_channels + layer.growth_rate
@@ -213,6 +216,7 @@ class FusedDenseTransition(nn.Module):
 
     def __init__(self, transition: nn.Module) -> None:
         super().__init__()
+        self.training = transition.training
         self.conv = ClampLinear(transition.norm, transition.conv)
         self.pool = transition.pool
         self.requires_grad_(False)
@@ -237,7 +241,9 @@ class FusedFeatures(nn.Sequential):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not torch.jit.is_scripting():
             if not is_recorded(x):
-                return self._forward_in_place(x)
+                if self.training or has_hooks(*self.modules()):
+                    return self._forward_in_place(x)
+                return in_groups(self._forward_in_place, x)
         for layer in self:
             x = layer(x)
         return x

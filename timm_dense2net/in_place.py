@@ -2,8 +2,10 @@
 
 A dense block's features lie in one (N, H, W, C) buffer, each written once where all later layers read it; all layers
 of a block take turns in the same scratch buffers. On a CPU a block runs on so few images at a time, that its features
-stay in the caches, and what follows it (transition or final norm) takes them from there.
+stay in the caches, and what follows it (transition or final norm) takes them from there; groups of images run beside
+each other.
 """
+from concurrent.futures import ThreadPoolExecutor
 from typing import Callable, Iterable, Optional, Sequence
 
 import torch
@@ -11,8 +13,10 @@ import torch.nn as nn
 
 from .hooks import has_hooks
 
-# Bytes of features that a block works on at a time on a CPU.
-CACHE_BYTES = 8 << 20
+# Bytes of features that a block works on at a time on a CPU, for each of torch's threads.
+CACHE_BYTES = 4 << 20
+# Images for each of torch's threads from which a group of them has a Python thread: these take turns in Python.
+GROUP_IMAGES = 8
 # Up to so many pixels a 3x3 convolution on a CPU is unfolded into a matrix product: a call of oneDNN has a fixed cost.
 UNFOLDED_PIXELS = 1024
 
@@ -71,7 +75,30 @@ def parts_of(x: torch.Tensor, channels: int) -> Sequence[torch.Tensor]:
     """Images x (N, C, H, W) in parts to work on one after another, where ``channels`` channels of that size arise."""
     if x.device.type != 'cpu':
         return [x]
-    return x.split(max(1, CACHE_BYTES // (channels * x.shape[2] * x.shape[3] * x.element_size())))
+    cache_bytes = CACHE_BYTES * torch.get_num_threads()
+    return x.split(max(1, cache_bytes // (channels * x.shape[2] * x.shape[3] * x.element_size())))
+
+
+def in_groups(run: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+    """``run(x)`` of images x (N, C, H, W): on a CPU, of groups of a large batch beside each other.
+
+    Threads that share each operation wait for each other after each one. So every group has a Python thread, with its
+    share of torch's threads.
+    """
+    threads = torch.get_num_threads()
+    groups = min(threads, len(x) // (GROUP_IMAGES * threads))
+    # Modes of the calling thread, that of autograd or of an operation counter, would not see the others.
+    if x.device.type != 'cpu' or groups < 2 or torch.is_grad_enabled() or torch._C._len_torch_dispatch_stack():
+        return run(x)
+    is_inference = torch.is_inference_mode_enabled()
+
+    def run_group(group: torch.Tensor) -> torch.Tensor:
+        torch.set_num_threads(threads // groups)  # of this thread
+        with torch.inference_mode(is_inference), torch.no_grad():
+            return run(group)
+
+    with ThreadPoolExecutor(groups) as pool:
+        return torch.cat(list(pool.map(run_group, x.tensor_split(groups))))
 
 
 @torch.jit.ignore
