@@ -33,6 +33,7 @@ from torch.autograd import Function
 from timm.layers import BatchNormAct2d
 
 from .hooks import has_hooks
+from .memory_pool import MemoryPool, pool_of
 
 __all__ = ['block_has_training_form', 'block_in_training', 'has_training_form', 'transition_in_training']
 
@@ -243,12 +244,14 @@ class _Buffers:
     Args:
         x: Input (N, C, H, W) of the block.
         channels: Features of the block's output.
+        pool: What the large ones are made in.
     """
 
-    def __init__(self, x: torch.Tensor, channels: int) -> None:
+    def __init__(self, x: torch.Tensor, channels: int, pool: MemoryPool) -> None:
         self.size = (x.shape[0], *x.shape[2:])
         self.in_chs = x.shape[1]
-        self.features = x.new_empty((x.numel() // x.shape[1], channels))
+        self.pool = pool
+        self.features = pool.empty((x.numel() // x.shape[1], channels), x)
         self.stats = x.new_empty((2, channels), dtype=torch.promote_types(x.dtype, torch.float32))
         self._scratch = {}
 
@@ -260,7 +263,7 @@ class _Buffers:
     def scratch(self, name: str, splits: int, width: int, like: torch.Tensor) -> torch.Tensor:
         """A buffer (splits, N, H, W, width) that one layer after another writes."""
         if name not in self._scratch:
-            self._scratch[name] = like.new_empty((splits, *self.size, width))
+            self._scratch[name] = self.pool.empty((splits, *self.size, width), like)
         return self._scratch[name]
 
     def free_scratch(self) -> None:
@@ -297,7 +300,7 @@ class _AddFeatures(Function):
     def backward(ctx: Any, dfeatures: torch.Tensor, dstats: torch.Tensor):
         features, = ctx.saved_tensors
         x, dx = features[:, ctx.channels], dfeatures[:, ctx.channels]
-        dmaps = dx.new_empty(dx.shape)
+        dmaps = ctx.buffers.pool.empty(dx.shape, dx)
         _add_stats_gradient(dx, x, ctx.buffers.stats[0, ctx.channels], dstats[:, ctx.channels], out=dmaps)
         return None, None, _as_maps(dmaps.view(*ctx.buffers.size, -1)), dfeatures, dstats
 
@@ -313,8 +316,9 @@ class _Output(Function):
     @staticmethod
     def backward(ctx: Any, doutput: torch.Tensor):
         _check_first_order()
-        dfeatures = torch.empty_like(doutput, memory_format=torch.channels_last).copy_(doutput)
-        return None, _as_pixels(dfeatures), torch.zeros_like(ctx.buffers.stats)
+        pixels = _as_pixels(doutput)
+        dfeatures = ctx.buffers.pool.empty(pixels.shape, pixels).copy_(pixels)
+        return None, dfeatures, torch.zeros_like(ctx.buffers.stats)
 
 
 def _layer_parameters(layer: nn.Module) -> List[nn.Parameter]:
@@ -370,7 +374,7 @@ class _LayerPass:
             norm.forward(x, y)
         outputs, self.norms = [], []
         for i, affine in enumerate(self.affines):
-            z = self._conv(i, ys[i + 1].add_(ys[i]))
+            z = self.buffers.pool.keep(self._conv(i, ys[i + 1].add_(ys[i])))
             norm = _Norm.of_batch(*_batch_stats(_as_maps(z)), *affine, self.layer.conv2.norms[i].eps)
             norm.forward(z, ys[i + 1])
             outputs.append(z)
@@ -382,7 +386,7 @@ class _LayerPass:
 
     def _bottleneck(self, features: torch.Tensor) -> Tuple[torch.Tensor, Tuple[torch.Tensor, torch.Tensor]]:
         """Output of conv1 (splits, N, H, W, width), its mean and variance (splits * width,)."""
-        out = features.new_empty((self.splits, len(features), self.width))
+        out = self.buffers.pool.empty((self.splits, len(features), self.width), features)
         stats, shares = [], []
         for part in _parts(features, *features.shape):
             x = features[part]
@@ -583,6 +587,7 @@ class _Transition(Function):
     def forward(
             ctx: Any,
             transition: nn.Sequential,
+            pool: MemoryPool,
             size: Tuple[int, int, int],
             features: torch.Tensor,
             stats: torch.Tensor,
@@ -591,7 +596,7 @@ class _Transition(Function):
             conv: torch.Tensor,
     ) -> torch.Tensor:
         norm = ctx.norm = _Norm.of_batch(*stats, weight, bias, transition.norm.eps)
-        ctx.size = size
+        ctx.pool, ctx.size = pool, size
         ctx.save_for_backward(features, weight, bias, conv)
         _update_running_stats(transition.norm, norm.mean, norm.var, len(features))
         x = features.view(*size, -1)
@@ -612,7 +617,7 @@ class _Transition(Function):
         matrix = conv.flatten(1).to(x.dtype)
         daffine = norm.mean.new_zeros((2, x.shape[-1]))
         dconv = torch.zeros_like(matrix, dtype=conv.dtype)
-        dx = torch.empty_like(x)
+        dx = ctx.pool.empty(x.shape, x)
         with torch.autocast(x.device.type, enabled=False):
             for images in _parts(x, len(x), x[0].numel()):
                 y, d = norm.forward(x[images], torch.empty_like(x[images])), dout[images].permute(0, 2, 3, 1)
@@ -622,7 +627,7 @@ class _Transition(Function):
                 daffine += norm.parameter_gradients(dy, y, x[images], out=dy)
                 torch.mul(dy, norm.scale.to(x.dtype), out=dx[images])
         dstats = norm.stats_gradient(*daffine)
-        return None, None, dx.view(features.shape), dstats, *daffine, dconv[..., None, None]
+        return None, None, None, dx.view(features.shape), dstats, *daffine, dconv[..., None, None]
 
 
 @torch.jit.ignore
@@ -633,7 +638,7 @@ def block_in_training(
     With a transition its output, (N, out_chs, H // 2, W // 2), which takes the features' statistics as they are.
     """
     layers = list(block.values())
-    buffers = _Buffers(x, layers[-1].conv1.in_channels + layers[-1].growth_rate)
+    buffers = _Buffers(x, layers[-1].conv1.in_channels + layers[-1].growth_rate, pool_of(block, x))
     features, stats = _AddFeatures.apply(buffers, 0, x, buffers.features.detach(), buffers.stats.detach())
     for layer in layers:
         with torch.autocast(x.device.type, enabled=False):
@@ -643,7 +648,7 @@ def block_in_training(
     buffers.release()
     if transition is None:
         return _Output.apply(buffers, features, stats)
-    return _apply_transition(transition, buffers.size, features, stats)
+    return _apply_transition(transition, buffers.pool, buffers.size, features, stats)
 
 
 @torch.jit.ignore
@@ -651,12 +656,16 @@ def transition_in_training(transition: nn.Sequential, x: torch.Tensor) -> torch.
     """Output (N, out_chs, H // 2, W // 2), channels last in memory, of x (N, in_chs, H, W)."""
     with torch.autocast(x.device.type, enabled=False):
         features, stats = _Statistics.apply(x)
-    return _apply_transition(transition, (x.shape[0], *x.shape[2:]), features, stats)
+    return _apply_transition(transition, pool_of(transition, x), (x.shape[0], *x.shape[2:]), features, stats)
 
 
 def _apply_transition(
-        transition: nn.Sequential, size: Tuple[int, int, int], features: torch.Tensor, stats: torch.Tensor,
+        transition: nn.Sequential,
+        pool: MemoryPool,
+        size: Tuple[int, int, int],
+        features: torch.Tensor,
+        stats: torch.Tensor,
 ) -> torch.Tensor:
     norm, conv = transition.norm, transition.conv
     with torch.autocast(features.device.type, enabled=False):
-        return _Transition.apply(transition, size, features, stats, norm.weight, norm.bias, conv.weight)
+        return _Transition.apply(transition, pool, size, features, stats, norm.weight, norm.bias, conv.weight)
