@@ -10,6 +10,7 @@ keeps or passes over once more for every layer that reads a feature is done once
   gradient checkpointing not even these. Concatenations, norms and activations are computed again in backward, as in
   `Memory-Efficient Implementation of DenseNets` - https://arxiv.org/abs/1707.06990
 * Norm, activation and 1x1 convolution run on so few pixels at a time, that what is between them stays in the caches.
+* On a CPU the memory of large tensors is kept from one step for the next (`memory_pool.py`).
 * Average pooling after a 1x1 convolution is that convolution after the pooling, on a quarter of the pixels.
 * What is done to each channel of a split of few channels is done to several pixels as one row: vector instructions want
   long rows, and threads that add up sums must not write to one cache line.
