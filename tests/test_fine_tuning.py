@@ -299,6 +299,14 @@ def test_weights_of_a_folder_model_need_the_folder_no_more(tmp_path):
     assert torch.equal(trained.classifier.weight, model.classifier.weight)
 
 
+def test_the_tag_of_the_first_weights_is_not_that_of_the_run(tmp_path):
+    argv = digits(tmp_path, 'run', '--model', f'{MODEL}.quick_c100', '--pretrained')
+    assert finish(start(argv, tmp_path / 'log')) == 0, (tmp_path / 'log').read_text()
+    metadata = load_weights(tmp_path / 'run' / 'last.safetensors')[1]
+    assert metadata['model'] == json.loads((tmp_path / 'run' / 'result.json').read_text())['model'] == MODEL
+    assert json.loads(metadata['args'])['model'] == f'{MODEL}.quick_c100'
+
+
 @pytest.mark.parametrize('more, words', [
     (['--pretrained-path', 'nowhere'], ['no weights at nowhere']),
     (['--pretrained-path', 'torn.safetensors'], ['torn.safetensors', 'not a whole safetensors file']),

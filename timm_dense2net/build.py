@@ -15,7 +15,7 @@ import timm
 import torch
 import torch.nn as nn
 from timm.layers import convert_sync_batchnorm
-from timm.models import is_model, list_models, split_model_name_tag
+from timm.models import get_arch_name, is_model, list_models, split_model_name_tag
 
 from .augment import AugmentConfig, ProgressiveResize
 from .checkpoint import load_weights
@@ -215,7 +215,7 @@ def weights_metadata(args: argparse.Namespace, data: RunData, model: nn.Module) 
     arguments = public_args(saved_args(args), name)
     shape = {key: value for key, value in model.pretrained_model_args.items() if key not in ('num_classes', 'in_chans')}
     return dict(
-        model=name,
+        model=get_arch_name(name),  # a tag is that of the first weights
         model_args=json.dumps(shape | public_model_kwargs(args.model_kwargs)),
         num_classes=str(data.train.num_classes),
         input_size=json.dumps(data.train.image_shape),

@@ -174,7 +174,7 @@ def _flatten(run: str, values: Mapping[str, Any], args: Mapping[str, Any]) -> di
     return {
         **values,
         'run': run,
-        'tag': f'{recipe.partition("_")[0]}_c100' if recipe and dataset == 'cifar100' else '',
+        'tag': f'{"deck" if recipe in DECK else recipe_name(recipe)}_c100' if recipe and dataset == 'cifar100' else '',
         'recipe': recipe_name(recipe),
         'overrides': _overrides(recipe, args, world_size),
         'dataset': dataset,

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from timm.models import safe_model_name
+from timm.models import get_arch_name, is_model, safe_model_name
 from timm.utils import trim_summary, unfreeze, update_summary
 
 from .build import RunData, build_loader, environment
@@ -148,7 +148,7 @@ def write_run_results(args: argparse.Namespace, data: RunData, trainer: Trainer)
     images = trainer.epoch * len(trainer.train_loader) * args.batch_size * world_size
     public = public_args(saved_args(args), args.model)
     result = dict(
-        model=args.model,
+        model=get_arch_name(args.model) if is_model(args.model) else args.model,
         model_kwargs=public['model_kwargs'],
         res2net_scale=args.res2net_scale,
         recipe=args.recipe,
