@@ -131,6 +131,9 @@ def test_groups_of_a_large_batch_have_threads_of_their_own(three_threads, monkey
         # What belongs to the calling thread, or to the batch as a whole, keeps it together.
         with FlopCounterMode(display=False) as counter:
             assert groups_of(x)[1] == [50] and counter.get_total_flops()
+        with torch.profiler.profile() as profile:
+            assert groups_of(x)[1] == [50]
+        assert 'aten::addmm' in {event.key for event in profile.key_averages()}
         handle = fused.features.denseblock2.denselayer1.register_forward_hook(lambda *args: None)
         assert groups_of(x)[1] == [50]
         handle.remove()

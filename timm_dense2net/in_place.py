@@ -79,6 +79,14 @@ def parts_of(x: torch.Tensor, channels: int) -> Sequence[torch.Tensor]:
     return x.split(max(1, cache_bytes // (channels * x.shape[2] * x.shape[3] * x.element_size())))
 
 
+def _is_watched() -> bool:
+    """Whether autograd, an operation counter or a profiler looks at this thread, and would not see others."""
+    return (
+        torch.is_grad_enabled()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch.autograd._profiler_enabled())
+
+
 def in_groups(run: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
     """``run(x)`` of images x (N, C, H, W): on a CPU, of groups of a large batch beside each other.
 
@@ -87,8 +95,7 @@ def in_groups(run: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> t
     """
     threads = torch.get_num_threads()
     groups = min(threads, len(x) // (GROUP_IMAGES * threads))
-    # Modes of the calling thread, that of autograd or of an operation counter, would not see the others.
-    if x.device.type != 'cpu' or groups < 2 or torch.is_grad_enabled() or torch._C._len_torch_dispatch_stack():
+    if x.device.type != 'cpu' or groups < 2 or _is_watched():
         return run(x)
     is_inference = torch.is_inference_mode_enabled()
 
