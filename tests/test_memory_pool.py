@@ -7,7 +7,7 @@ import pytest
 import timm
 import torch
 
-import timm_dense2net  # noqa: F401
+from timm_dense2net import memory_pool
 from timm_dense2net.memory_pool import LARGE_BYTES, MemoryPool, pool_of
 
 LARGE = LARGE_BYTES // 4  # floats
@@ -67,7 +67,6 @@ def test_a_pool_is_of_one_input_and_goes_with_its_module():
     assert pool_of(module, x.double()) is not pool
     pool = pool_of(module, x)
     assert pool_of(module, x[:1]) is not pool
-    from timm_dense2net import memory_pool
     count = len(memory_pool._pools)
     del module
     gc.collect()

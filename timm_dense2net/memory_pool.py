@@ -1,7 +1,7 @@
 """Memory of large tensors on a CPU, kept from one training step for the next.
 
-What a process gives back to the system comes again page by page, each cleared first: for what a dense block keeps for
-its backward pass that takes about as long as its matrix products. On other devices torch keeps memory by itself.
+What a process gives back to the system comes again page by page, each cleared first, which for what a dense block keeps
+for its backward pass is a good part of a step. On other devices torch keeps memory by itself.
 """
 import math
 import weakref
@@ -53,6 +53,8 @@ _pools = weakref.WeakKeyDictionary()
 def pool_of(module: nn.Module, x: torch.Tensor) -> MemoryPool:
     """The module's pool, a new one when its input x has another shape or dtype than the last time."""
     key = (x.shape, x.dtype)
-    if module not in _pools or _pools[module][0] != key:
-        _pools[module] = (key, MemoryPool())
-    return _pools[module][1]
+    last_key, pool = _pools.get(module, (None, None))
+    if last_key != key:
+        pool = MemoryPool()
+        _pools[module] = (key, pool)
+    return pool
