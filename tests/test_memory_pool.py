@@ -66,11 +66,26 @@ def test_a_pool_is_of_one_input_and_goes_with_its_module():
     assert pool_of(module, x + 1) is pool and pool_of(copy.deepcopy(module), x) is not pool
     assert pool_of(module, x.double()) is not pool
     pool = pool_of(module, x)
+    assert pool_of(module, x.to('meta')) is not pool
+    pool = pool_of(module, x)
     assert pool_of(module, x[:1]) is not pool
     count = len(memory_pool._pools)
     del module
     gc.collect()
     assert len(memory_pool._pools) < count
+
+
+def test_eval_mode_gives_the_memory_back():
+    model, count = timm.create_model('dense2net40_k12_s4'), len(memory_pool._pools)
+    model(torch.randn(16, 3, 32, 32)).sum().backward()
+    assert len(memory_pool._pools) > count
+    model.eval()
+    assert len(memory_pool._pools) == count
+
+
+def test_pools_are_in_memory_whatever_the_default_device():
+    with torch.device('meta'):
+        assert MemoryPool().empty((LARGE,), torch.empty(0, device='cpu')).device.type == 'cpu'
 
 
 def gradients(model, x, passes):

@@ -9,6 +9,7 @@ import torch
 from timm.layers import BatchNormAct2d, convert_sync_batchnorm, freeze_batch_norm_2d
 from torch.autograd import gradcheck
 
+from changed_layers import CHANGES, change_layers
 from timm_dense2net import dense2net, training_form
 from timm_dense2net.dense2net import Dense2Net, DenseBlock
 
@@ -334,8 +335,39 @@ def test_changes_that_would_spoil_backward_are_named():
             torch.autograd.grad(module(x).sum(), x, create_graph=True)
 
 
+def test_second_derivatives_of_the_plain_form(monkeypatch):
+    monkeypatch.setattr(training_form, '_enabled', True)
+    model, x = create(), normal(4, 3, 13, 11)
+    for enable, runs in ((False, 0), (True, 7)):
+        training_form.set_training_form(enable)
+        with runs_of(training_form._NewFeatures) as counts:
+            loss = model(x).square().mean()
+        assert counts['_NewFeatures'] == runs
+        if not enable:
+            weight = model.features.denseblock1.denselayer1.conv1.weight
+            gradient, = torch.autograd.grad(loss, weight, create_graph=True)
+            assert torch.autograd.grad(gradient.square().sum(), weight)[0].abs().sum() > 0
+
+
+@pytest.mark.parametrize('change', CHANGES)
+def test_changed_layers_count(change):
+    model = change_layers(create(dtype=torch.float32), change)
+    twin, x = copy.deepcopy(model), normal(2, 3, 33, 33, dtype=torch.float32)
+    with plain_form():
+        expected = twin(x)
+    torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_forward_derivatives():
+    model, x = create(), normal(4, 3, 13, 11)
+    with torch.autograd.forward_ad.dual_level():
+        y = model(torch.autograd.forward_ad.make_dual(x, torch.ones_like(x)))
+        assert torch.autograd.forward_ad.unpack_dual(y).tangent.abs().sum() > 0
+
+
 @pytest.mark.parametrize(
-    'change', ['eval', 'frozen_norms', 'norms_in_eval', 'one_value', 'hook', 'bias', 'sync', 'silu', 'layernorm2d'])
+    'change', [
+        'eval', 'frozen_norms', 'norms_in_eval', 'one_value', 'hook', 'forward', 'bias', 'sync', 'silu', 'layernorm2d'])
 def test_plain_form_where_the_training_form_does_not_apply(change):
     model = create(
         dtype=torch.float32, act_layer='silu' if change == 'silu' else 'relu',
@@ -357,6 +389,11 @@ def test_plain_form_where_the_training_form_does_not_apply(change):
         seen = []
         for block in model.features[1:-1:2]:
             block.denselayer1.conv1.register_forward_hook(lambda *args: seen.append(args))
+    elif change == 'forward':
+        seen = []
+        for block in model.features[1:-1:2]:
+            conv = block.denselayer1.conv1
+            conv.forward = lambda x, conv=conv: seen.append(x) or type(conv).forward(conv, x)
     elif change == 'bias':
         for block in model.features[1:-1:2]:
             layer = block.denselayer1
@@ -368,7 +405,7 @@ def test_plain_form_where_the_training_form_does_not_apply(change):
     with runs_of(training_form._NewFeatures) as counts:
         y = model(x)
     assert counts['_NewFeatures'] == 0
-    if change == 'hook':
+    if change in ('hook', 'forward'):
         assert len(seen) == 3
     with plain_form():
         torch.testing.assert_close(y, twin(x), rtol=1e-5, atol=1e-5)

@@ -21,6 +21,7 @@ from timm.layers import (
     create_attn,
     create_classifier,
     create_conv2d,
+    get_act_layer,
     get_device_dtype,
     get_norm_act_layer,
 )
@@ -32,6 +33,7 @@ from timm.models._manipulate import MATCH_PREV_GROUP
 from .fused import (
     FusedDenseBlock, FusedDenseTransition, FusedFeatures, FusedSplitHierarchyConv2d, is_fusable)
 from .in_place import parts_of, runs_by_parts
+from .memory_pool import drop_pool_of
 from .packaged import check_pretrained, packaged_file
 from .training_form import block_has_training_form, block_in_training, has_training_form, transition_in_training
 
@@ -76,8 +78,27 @@ def _create_attn(attn_layer: Optional[str], channels: int, device=None, dtype=No
     return nn.Identity() if attn is None else attn
 
 
-def _is_bare_conv(conv: nn.Module) -> bool:
-    return type(conv) is nn.Conv2d and conv.bias is None
+def _norm_act_layer(norm_layer: LayerType, act_layer: LayerType) -> Type[nn.Module]:
+    try:
+        get_act_layer(act_layer)
+    except KeyError:
+        raise ValueError(
+            f"unknown act_layer '{act_layer}': it must be a name that timm knows, such as 'relu' or 'silu'") from None
+    try:
+        return get_norm_act_layer(norm_layer, act_layer=act_layer)
+    except (AssertionError, KeyError):
+        raise ValueError(
+            f"unknown norm_layer '{norm_layer}': it must be a name that timm knows, such as 'batchnorm2d' or "
+            f"'layernorm2d'") from None
+
+
+def _is_bare_conv(conv: nn.Module, kernel_size: int, dilation: int = 1, groups: Optional[int] = 1) -> bool:
+    """Whether the layer is a convolution without bias that keeps the size of its input, padded with zeros."""
+    if type(conv) is not nn.Conv2d or conv.bias is not None or conv.padding_mode != 'zeros':
+        return False
+    padding = dilation * (kernel_size - 1) // 2
+    shape = tuple((value, value) for value in (kernel_size, 1, padding, dilation))
+    return (conv.kernel_size, conv.stride, conv.padding, conv.dilation) == shape and groups in (None, conv.groups)
 
 
 class SplitHierarchyConv2d(nn.Module):
@@ -134,7 +155,7 @@ class SplitHierarchyConv2d(nn.Module):
             raise ValueError(
                 f'{width} channels a split ({channels} channels at scale {scale}) cannot be divided in {groups} '
                 f'groups: groups must divide {width}')
-        norm_act_layer = get_norm_act_layer(norm_layer, act_layer=act_layer)
+        norm_act_layer = _norm_act_layer(norm_layer, act_layer)
         self.channels = channels
         self.in_channels = self.out_channels = channels  # asked of a convolution by timm's ConvNormAct
         self.scale = scale
@@ -158,9 +179,14 @@ class SplitHierarchyConv2d(nn.Module):
         return torch.cat(outputs, 1)
 
     @torch.jit.ignore
+    def is_original(self) -> bool:
+        """Whether the convolutions are those it is made with."""
+        return all(_is_bare_conv(conv, self.kernel_size, self.dilation, self.groups) for conv in self.convs)
+
+    @torch.jit.ignore
     def fuse(self) -> nn.Module:
-        """Form for inference; itself if its norms are other than batch norm with ReLU."""
-        return FusedSplitHierarchyConv2d(self) if is_fusable(*self.norms) else self
+        """Form for inference; itself if its norms are other than batch norm with ReLU, or its convolutions replaced."""
+        return FusedSplitHierarchyConv2d(self) if self.is_original() and is_fusable(*self.norms) else self
 
 
 @contextmanager
@@ -202,7 +228,7 @@ class DenseLayer(nn.Module):
     ) -> None:
         dd = {'device': device, 'dtype': dtype}
         super().__init__()
-        norm_act_layer = get_norm_act_layer(norm_layer, act_layer=act_layer)
+        norm_act_layer = _norm_act_layer(norm_layer, act_layer)
         mid_chs = bn_size * growth_rate
         self.growth_rate = growth_rate
         self.norm1 = norm_act_layer(in_chs, **dd)
@@ -231,12 +257,17 @@ class DenseLayer(nn.Module):
     @torch.jit.ignore
     def is_original(self) -> bool:
         """Whether the convolutions are those it is made with: the forms for training and inference know no others."""
-        convs = [self.conv1]
+        if not _is_bare_conv(self.conv1, 1):
+            return False
         if type(self.conv2) is SplitHierarchyConv2d:
-            convs += [*self.conv2.convs, self.conv3]
-        else:
-            convs.append(self.conv2)
-        return all(_is_bare_conv(conv) for conv in convs)
+            return self.conv2.is_original() and _is_bare_conv(self.conv3, 1)
+        return _is_bare_conv(self.conv2, 3, groups=None) and type(self.conv3) is nn.Identity
+
+    @torch.jit.ignore
+    def sizes(self) -> Tuple[Any, ...]:
+        """What is the same in all layers of a block that runs in the forms for training and inference."""
+        names = ('scale', 'kernel_size', 'dilation', 'groups')
+        return self.growth_rate, self.conv1.out_channels, *(getattr(self.conv2, name, None) for name in names)
 
     def _new_features(self, features: List[torch.Tensor]) -> torch.Tensor:
         x = self.conv1(self.norm1(torch.cat(features, 1)))
@@ -294,8 +325,12 @@ class DenseBlock(nn.ModuleDict):
 
     @torch.jit.ignore
     def is_original(self) -> bool:
-        """Whether the convolutions are those it is made with."""
-        return all(layer.is_original() for layer in self.values())
+        """Whether its layers are those it is made with."""
+        layers = list(self.values())
+        return (
+            type(self) is DenseBlock and all(type(layer) is DenseLayer and layer.is_original() for layer in layers)
+            and len({layer.sizes() for layer in layers}) == 1
+            and all(a.conv1.in_channels + a.growth_rate == b.conv1.in_channels for a, b in zip(layers, layers[1:])))
 
     @torch.jit.ignore
     def fuse(self) -> nn.Module:
@@ -329,7 +364,10 @@ class DenseTransition(nn.Sequential):
     def is_original(self) -> bool:
         """Whether convolution and pooling are those it is made with."""
         pool = self.pool
-        return _is_bare_conv(self.conv) and type(pool) is nn.AvgPool2d and (pool.kernel_size, pool.stride) == (2, 2)
+        return (
+            type(self) is DenseTransition and _is_bare_conv(self.conv, 1) and type(pool) is nn.AvgPool2d
+            and (pool.kernel_size, pool.stride, pool.padding, pool.ceil_mode, pool.divisor_override)
+            == (2, 2, 0, False, None))
 
     @torch.jit.ignore
     def fuse(self) -> nn.Module:
@@ -368,12 +406,19 @@ def _create_stem(
 def _join_in_training(layer: nn.Module, follower: nn.Module, x: torch.Tensor) -> bool:
     """Whether the two are a dense block and its transition and run on x in their training form."""
     return (
-        isinstance(layer, DenseBlock) and isinstance(follower, DenseTransition)
+        type(layer) is DenseBlock and type(follower) is DenseTransition
         and block_has_training_form(layer, x) and has_training_form(follower, x))
 
 
 class Features(nn.Sequential):
     """Stem, dense blocks with the transitions between them, and the final norm."""
+
+    def train(self, mode: bool = True) -> 'Features':
+        """As of every module; what was kept from training steps is given back in eval mode."""
+        if not mode:
+            for layer in self:
+                drop_pool_of(layer)
+        return super().train(mode)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not torch.jit.is_scripting():
@@ -431,7 +476,7 @@ class Dense2Net(nn.Module):
 
     Raises:
         ValueError: If a size is below 1, a rate is outside [0, 1), the bottleneck cannot be split as asked, or the
-            stem or attention is unknown; in ``forward``, if the input has other than ``in_chans`` channels or is too
+            stem, attention, activation or norm is unknown; in ``forward``, if the input has other than ``in_chans`` channels or is too
             small for the strides.
     """
 
@@ -462,7 +507,7 @@ class Dense2Net(nn.Module):
             raise ValueError(f'num_classes must be at least 0, got {num_classes}')
         if not block_config or min(block_config) < 1:
             raise ValueError(f'block_config must name at least one layer a block, got {tuple(block_config)}')
-        norm_act_layer = get_norm_act_layer(norm_layer, act_layer=act_layer)
+        norm_act_layer = _norm_act_layer(norm_layer, act_layer)
         self.num_classes = num_classes
         self.in_chans = in_chans
 

@@ -21,12 +21,14 @@ import torch.nn.functional as F
 from timm.layers import BatchNormAct2d, FrozenBatchNormAct2d, SyncBatchNormAct
 
 from .hooks import has_hooks
-from .in_place import block_in_place, in_groups, is_recorded
+from .in_place import block_in_place, in_groups, is_recorded, sees_whole_batch
 
 __all__ = ['FusedDenseBlock', 'FusedDenseTransition', 'FusedFeatures', 'FusedSplitHierarchyConv2d', 'is_fusable']
 
 # A bound this many standard deviations from the mean is never reached; computing with it could overflow.
 UNREACHABLE_SIGMA = 1e6
+# Nor is one that is infinite in float16.
+UNREACHABLE = 6e4
 
 
 def is_fusable(*norms: nn.Module) -> bool:
@@ -53,16 +55,18 @@ def norm_as_affine(norm: nn.Module) -> Tuple[torch.Tensor, torch.Tensor]:
 def norm_relu_as_clamp(norm: nn.Module) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Bounds, scale and shift (C,) in float64 such that relu(norm(x)) = scale * clamp(x, lo, hi) + shift.
 
-    A channel that does not depend on its input, since its weight is 0 or its bound is out of reach, is clamped to 0.
+    A bound out of reach is infinite. A channel that does not depend on its input is clamped to 0.
     """
     scale, shift = norm_as_affine(norm)
     mean = norm.running_mean.double()
     sigma = (norm.running_var.double() + norm.eps).sqrt()
     bound = -shift / scale
-    varies = (bound - mean).abs() < UNREACHABLE_SIGMA * sigma  # false also where bound is not a number
-    lo = torch.where(scale > 0, bound, -torch.inf).where(varies, 0.)
-    hi = torch.where(scale < 0, bound, torch.inf).where(varies, 0.)
+    # False also where bound is not a number.
+    reachable = ((bound - mean).abs() < UNREACHABLE_SIGMA * sigma) & (bound.abs() < UNREACHABLE)
     at_mean = (scale * mean + shift).clamp(min=0.)
+    varies = reachable | ((scale != 0) & (at_mean > 0))
+    lo = torch.where(reachable & (scale > 0), bound, -torch.inf).where(varies, 0.)
+    hi = torch.where(reachable & (scale < 0), bound, torch.inf).where(varies, 0.)
     return lo, hi, scale.where(varies, 0.), shift.where(varies, at_mean)
 
 
@@ -104,6 +108,7 @@ class ClampLinear(nn.Module):
         self.register_buffer('lo', lo.to(conv.weight.dtype))
         self.register_buffer('hi', hi.to(conv.weight.dtype))
         self.linear = _as_linear(weight, bias, conv.weight)
+        self.train(norm.training)
 
     def clamp(self, x: torch.Tensor) -> torch.Tensor:
         """The activation short of its scale and shift."""
@@ -171,9 +176,10 @@ class FusedDenseLayer(nn.Module):
         if self.has_hierarchy:
             self.conv2 = FusedSplitHierarchyConv2d(layer.conv2)
             self.conv3 = _as_linear(layer.conv3.weight.detach().flatten(1), None, layer.conv3.weight)
+            self.conv3.train(layer.conv3.training)
         else:
             self.conv2 = copy.deepcopy(layer.conv2).to(memory_format=torch.channels_last)
-            self.conv3 = nn.Identity()
+            self.conv3 = copy.deepcopy(layer.conv3)
         self.attn = copy.deepcopy(layer.attn)
         self.drop_path = copy.deepcopy(layer.drop_path)
 
@@ -201,11 +207,17 @@ class FusedDenseBlock(nn.ModuleDict):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not torch.jit.is_scripting():
-            if not (is_recorded(x) or has_hooks(*self.values())):
+            if self.runs_in_place(x) and not has_hooks(*self.modules()):
                 return block_in_place(self, x)
         for layer in self.values():
             x = torch.cat([x, layer(x)], 1)
         return x
+
+    @torch.jit.ignore
+    def runs_in_place(self, x: torch.Tensor) -> bool:
+        """Whether nothing records what is done to x, and the matrices are those of torch, not quantized ones."""
+        return not is_recorded(x) and all(
+            type(m) in (nn.Linear, nn.Identity) for layer in self.values() for m in (layer.conv1.linear, layer.conv3))
 
 
 class FusedDenseTransition(nn.Module):
@@ -240,10 +252,8 @@ class FusedFeatures(nn.Sequential):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not torch.jit.is_scripting():
-            if not is_recorded(x):
-                if self.training or has_hooks(*self.modules()):
-                    return self._forward_in_place(x)
-                return in_groups(self._forward_in_place, x)
+            if not (is_recorded(x) or has_hooks(*self.modules())):
+                return self._forward_in_place(x) if sees_whole_batch(self) else in_groups(self._forward_in_place, x)
         for layer in self:
             x = layer(x)
         return x
@@ -255,11 +265,13 @@ class FusedFeatures(nn.Sequential):
         layers = iter(self)
         for layer in layers:
             # Asked of each block's own input, which has a gradient where the stem is trained.
-            if isinstance(layer, FusedDenseBlock) and not (is_recorded(x) or has_hooks(layer, *layer.values())):
-                follower = next(layers, None)
-                if isinstance(follower, FusedDenseTransition) and not has_hooks(follower):
-                    follower = follower.overwrite
-                x = block_in_place(layer, x, follower)
-            else:
+            if not (isinstance(layer, FusedDenseBlock) and layer.runs_in_place(x)):
                 x = layer(x)
+                continue
+            follower = next(layers, None)
+            if follower is not None and sees_whole_batch(follower):
+                x = follower(block_in_place(layer, x))
+            else:
+                x = block_in_place(
+                    layer, x, follower.overwrite if isinstance(follower, FusedDenseTransition) else follower)
         return x

@@ -10,6 +10,7 @@ from typing import Callable, Iterable, Optional, Sequence
 
 import torch
 import torch.nn as nn
+from torch.autograd import forward_ad
 
 from .hooks import has_hooks
 
@@ -28,6 +29,8 @@ def is_recorded(x: torch.Tensor) -> bool:
         torch.compiler.is_compiling()
         or torch.jit.is_tracing()
         or isinstance(x, torch.fx.Proxy)
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
         or x.is_meta
         or (torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type))
         or (torch.is_grad_enabled() and x.requires_grad))
@@ -104,16 +107,25 @@ def in_groups(run: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> t
         with torch.inference_mode(is_inference), torch.no_grad():
             return run(group)
 
-    with ThreadPoolExecutor(groups) as pool:
-        return torch.cat(list(pool.map(run_group, x.tensor_split(groups))))
+    try:
+        with ThreadPoolExecutor(groups) as pool:
+            return torch.cat(list(pool.map(run_group, x.tensor_split(groups))))
+    finally:
+        # The last number set is also that of all threads to come.
+        torch.set_num_threads(threads)
 
 
 @torch.jit.ignore
 def runs_by_parts(block: nn.ModuleDict, x: torch.Tensor) -> bool:
     """Whether a plain block may work on parts of x: where it is large, and nothing sees the batch as a whole."""
-    if is_recorded(x) or len(parts_of(x, block.out_chs)) == 1 or has_hooks(*block.modules()):
+    if is_recorded(x) or len(parts_of(x, block.out_chs)) == 1:
         return False
-    return not any(m.training or getattr(m, 'running_mean', m) is None for m in block.modules())
+    return not (has_hooks(*block.modules()) or sees_whole_batch(block))
+
+
+def sees_whole_batch(module: nn.Module) -> bool:
+    """Whether something in the module is in training mode or takes statistics of the batch it is given."""
+    return any(m.training or getattr(m, 'running_mean', m) is None for m in module.modules())
 
 
 def _run_block(

@@ -11,7 +11,7 @@ from typing import Sequence
 import torch
 import torch.nn as nn
 
-__all__ = ['MemoryPool', 'pool_of']
+__all__ = ['MemoryPool', 'drop_pool_of', 'pool_of']
 
 # Smaller tensors are left to the C library, which does not give their memory back at once.
 LARGE_BYTES = 1 << 20
@@ -32,7 +32,7 @@ class MemoryPool:
         try:
             memory = free.pop()
         except IndexError:
-            memory = torch.empty(num_bytes, dtype=torch.uint8)
+            memory = torch.empty(num_bytes, dtype=torch.uint8, device='cpu')  # whatever the default device
         # The storage made from this array holds it for as long as any tensor, or autograd, holds the storage.
         array = memory.numpy()
         weakref.finalize(array, free.append, memory).atexit = False
@@ -44,17 +44,22 @@ class MemoryPool:
 
     @staticmethod
     def _is_for(like: torch.Tensor, num_bytes: int) -> bool:
-        return like.device.type == 'cpu' and num_bytes >= LARGE_BYTES
+        return type(like) in (torch.Tensor, nn.Parameter) and like.device.type == 'cpu' and num_bytes >= LARGE_BYTES
 
 
 _pools = weakref.WeakKeyDictionary()
 
 
 def pool_of(module: nn.Module, x: torch.Tensor) -> MemoryPool:
-    """The module's pool, a new one when its input x has another shape or dtype than the last time."""
-    key = (x.shape, x.dtype)
+    """The module's pool, a new one when its input x has another shape, dtype or device than the last time."""
+    key = (x.shape, x.dtype, x.device)
     last_key, pool = _pools.get(module, (None, None))
     if last_key != key:
         pool = MemoryPool()
         _pools[module] = (key, pool)
     return pool
+
+
+def drop_pool_of(module: nn.Module) -> None:
+    """Gives the memory of the module's pool back, but for what is referred to."""
+    _pools.pop(module, None)

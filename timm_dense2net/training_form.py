@@ -24,19 +24,21 @@ The first term of dx is added up over all layers that read x in one matrix, and 
 two follow once, when these sums are complete: in the backward pass of what made x.
 """
 import math
+import os
 from typing import Any, Iterator, List, NamedTuple, Optional, Sequence, Tuple, Union
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.autograd import Function
+from torch.autograd import Function, forward_ad
 
 from timm.layers import BatchNormAct2d
 
 from .hooks import has_hooks
 from .memory_pool import MemoryPool, pool_of
 
-__all__ = ['block_has_training_form', 'block_in_training', 'has_training_form', 'transition_in_training']
+__all__ = [
+    'block_has_training_form', 'block_in_training', 'has_training_form', 'set_training_form', 'transition_in_training']
 
 # Bytes of one intermediate result that each thread of a CPU works on at a time.
 CACHE_BYTES = 2 << 20
@@ -50,14 +52,27 @@ NARROW = 64
 MANY = 1 << 15
 
 
+_enabled = os.environ.get('TIMM_DENSE2NET_TRAINING_FORM', '1') != '0'
+
+
+def set_training_form(enable: bool = True) -> None:
+    """Lets nets train in the training form, or in the plain form, which has second derivatives (for AdaHessian).
+
+    The environment variable ``TIMM_DENSE2NET_TRAINING_FORM=0`` does the same for a script.
+    """
+    global _enabled
+    _enabled = enable
+
+
 @torch.jit.ignore
 def has_training_form(module: nn.Module, x: torch.Tensor) -> bool:
     """Whether a block or transition can run on x (N, C, H, W) in the training form: eagerly, on what that covers."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or isinstance(x, torch.fx.Proxy):
+    if not _enabled or torch.compiler.is_compiling() or torch.jit.is_tracing() or isinstance(x, torch.fx.Proxy):
         return False
     if not module.training or x.device.type not in ('cpu', 'cuda') or x.numel() <= x.shape[1]:
         return False
-    if torch._C._are_functorch_transforms_active():  # autograd functions with buffers do not go under torch.func
+    # Autograd functions with buffers go neither under torch.func nor forward.
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return False
     params_dtype = torch.promote_types(x.dtype, torch.float32)
     autocasts = torch.is_autocast_enabled(x.device.type)
@@ -150,7 +165,9 @@ class _Norm(NamedTuple):
 
 def _check_first_order() -> None:
     if torch.is_grad_enabled():
-        raise RuntimeError('no second derivatives in training mode: backward was called with create_graph=True')
+        raise RuntimeError(
+            'no second derivatives in the training form, and backward was called with create_graph=True: call '
+            'timm_dense2net.training_form.set_training_form(False) or set TIMM_DENSE2NET_TRAINING_FORM=0 before training')
 
 
 def _relu_backward(dy: torch.Tensor, y: torch.Tensor, out: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,52 @@
+"""Layers that users put in the place of a net's own."""
+import torch
+
+
+class Adapted(torch.nn.Conv2d):
+    """A convolution that gives more than its weights do."""
+
+    def forward(self, x):
+        return super().forward(x) + 1.
+
+
+def change_layers(model, change):
+    """A change that the plain form takes and that forms which know the layers must not overlook."""
+    block, transition = model.features.denseblock2, model.features.transition1
+    layers = list(block.values())
+    if change == 'adapted':
+        for layer in layers:
+            layer.conv2.convs[0].__class__ = Adapted
+    elif change == 'reflect':
+        for layer in layers:
+            for conv in layer.conv2.convs:
+                conv.padding_mode, conv._reversed_padding_repeated_twice = 'reflect', [1, 1, 1, 1]
+    elif change == 'ceil_mode':
+        transition.pool.ceil_mode = True
+    elif change == 'padded_pool':
+        transition.pool = torch.nn.AvgPool2d(2, 2, padding=1)
+    elif change == 'wide_transition':
+        old = transition.conv
+        transition.conv = torch.nn.Conv2d(old.in_channels, old.out_channels, 3, padding=1, bias=False)
+    elif change == 'narrow':
+        layer, dtype = layers[1], next(model.parameters()).dtype
+        block.denselayer2 = type(layer)(layer.conv1.in_channels, layer.growth_rate, bn_size=2, scale=4, dtype=dtype)
+    elif change == 'subclass':
+        class Halved(type(layers[1])):
+            def forward(self, features):
+                return super().forward(features) / 2
+
+        layers[1].__class__ = Halved
+    elif change == 'wrapped':
+        class Wrapped(torch.nn.Module):
+            def __init__(self, layer):
+                super().__init__()
+                self.layer = layer
+
+            def forward(self, features):
+                return self.layer(features) / 2
+
+        block.denselayer2 = Wrapped(layers[1])
+    return model
+
+
+CHANGES = ['adapted', 'reflect', 'ceil_mode', 'padded_pool', 'wide_transition', 'narrow', 'subclass', 'wrapped']
