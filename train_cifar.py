@@ -3,9 +3,9 @@
 
     python train_cifar.py --recipe deck_dense2net --data-dir data --dataset-download
     python train_cifar.py --recipe nano                                nothing to download, a minute on a CPU
-    torchrun --nproc-per-node 4 train_cifar.py --recipe strong -b 32   one machine, four devices
+    torchrun --nproc-per-node 4 train_cifar.py --recipe strong -b 32 --data-dir data    one machine, four devices
     python train_cifar.py --resume output/RUN                          go on where a run ended
-    python train_cifar.py --eval-only --checkpoint output/RUN          test a run's last weights
+    python train_cifar.py --eval-only --checkpoint output/RUN --data-dir data           test a run's last weights
 
 docs/training.md tells more; --help lists all options.
 """

@@ -105,7 +105,7 @@ def test_unknown_recipe_lists_those_there_are(capsys):
     (['--pretrained', '--initial-checkpoint', 'x'], ['--pretrained', '--initial-checkpoint']),
     (['--sync-bn'], ['--sync-bn', 'torchrun']),
     (['--resume', 'auto'], ['--resume auto', '--experiment']),
-    (['--resume', 'nowhere'], ['nowhere', 'no run is there']),
+    (['--resume', '.'], ['--resume .', 'no run is there']),
     (['--smoothing', '1'], ['--smoothing', '1.0']),
     (['--batch-size', '0'], ['--batch-size must be at least 1, got 0']),
     (['--lr', '-1'], ['--lr must be at least 0, got -1']),
@@ -159,3 +159,9 @@ def test_saved_arguments_are_a_recipe(tmp_path):
     path.write_text(yaml.safe_dump(saved_args(args)))
     again = parse_args(['--recipe', str(path)])
     assert {**vars(again), 'recipe': 'nano', 'experiment': 'first'} == vars(args) and again.experiment is None
+
+
+def test_files_that_are_no_text_are_named(tmp_path, capsys):
+    (tmp_path / 'args.yaml').write_bytes(b'\xff\xfe\x00')
+    for option in (['--recipe', tmp_path / 'args.yaml'], ['--resume', tmp_path]):
+        assert f'{tmp_path / "args.yaml"} is not a text file' in run_error(capsys, *option)

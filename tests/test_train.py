@@ -8,12 +8,13 @@ import timm
 import torch
 import torch.nn as nn
 import yaml
+from timm.optim import create_optimizer_v2
 from timm.utils import accuracy
 from training_runs import arguments, finish, read_state, read_summary_rows, run_here, start, train_cifar
 
-from timm_dense2net import build, runs
+from timm_dense2net import build, runs, training_form
 from timm_dense2net.counts import count_macs
-from timm_dense2net.checkpoint import load_weights
+from timm_dense2net.checkpoint import load_weights, save_weights
 from timm_dense2net.distributed import Processes
 from timm_dense2net.engine import TrainLoss, TrainStep, evaluate, predict
 from timm_dense2net.options import parse_args
@@ -63,6 +64,18 @@ def test_clipping_bounds_the_update():
     update(model, [batches(1)], clip_grad=1e-3)
     change = torch.cat([(a - b).flatten() for a, b in zip(model.parameters(), before.parameters())])
     assert change.norm().item() == pytest.approx(0.1 * 1e-3, rel=1e-4)
+
+
+def test_second_order_optimizer(monkeypatch, tmp_path):
+    """AdaHessian differentiates the gradients; it cannot in the training form."""
+    monkeypatch.setattr(training_form, '_enabled', True)
+    before, model = linear_model(), linear_model()
+    step = TrainStep(model, nn.CrossEntropyLoss(), create_optimizer_v2(model, 'adahessian', lr=0.1))
+    step(batches(1))
+    assert all(not torch.equal(a, b) for a, b in zip(model.parameters(), before.parameters()))
+    more = ['--opt', 'adahessian', '--model', 'dense2net40_k12_s4', '--model-kwargs', 'block_config=[1]']
+    assert run_here(arguments(tmp_path, *more, '--drop', 0, '--epochs', 1)) == 0
+    assert not training_form._enabled
 
 
 @pytest.mark.parametrize('smoothing', [0., 0.1])
@@ -143,11 +156,17 @@ def run(tmp_path, *more, name='run'):
 def test_evaluation_only(tmp_path, capsys):
     folder, _ = run(tmp_path, '--epochs', '1')
     result = json.loads((folder / 'result.json').read_text())
-    for path in (folder, folder / 'best.safetensors'):
-        assert run_here(['--eval-only', '--checkpoint', path, '--dataset', 'digits', '--img-size', '8']) == 0
+    for path in (folder, folder / 'best.safetensors'):  # the size is that of the weights
+        assert run_here(['--eval-only', '--checkpoint', path, '--dataset', 'digits']) == 0
         assert f'test top-1 {result["test_top1"]:.2f}, top-5 {result["test_top5"]:.2f}' in capsys.readouterr().out
     assert run_here(['--eval-only', '--checkpoint', tmp_path, '--dataset', 'digits']) == 1
     assert 'no weights at' in capsys.readouterr().err
+    weights, metadata = load_weights(folder / 'last.safetensors')
+    del metadata['model']
+    save_weights(tmp_path / 'nameless.safetensors', weights, metadata)
+    evaluation = ['--eval-only', '--checkpoint', tmp_path / 'nameless.safetensors', '--dataset', 'digits']
+    assert run_here([*evaluation, '--model', 'test_resnet']) == 0
+    assert f'test top-1 {result["test_top1"]:.2f}' in capsys.readouterr().out
 
 
 def test_same_seed_same_bits_other_seed_other_bits(tmp_path):
@@ -212,8 +231,10 @@ def test_options_work_together(tmp_path, more):
 
 def test_layer_decay_scales_the_rate(tmp_path):
     """Also under 'plateau', whose scheduler is torch's."""
-    run(tmp_path, '--epochs', '1', '--layer-decay', '0.5', '--sched', 'plateau')
-    groups = read_state(tmp_path / 'run')['optimizer']['param_groups']
+    run(tmp_path, '--epochs', '1', '--layer-decay', '0.5', '--sched', 'plateau', '--cooldown-epochs', '3')
+    state = read_state(tmp_path / 'run')
+    assert state['plateau']['cooldown'] == 3
+    groups = state['optimizer']['param_groups']
     assert len({group['lr'] for group in groups}) > 2
     assert all(group['lr'] == pytest.approx(0.05 * group['lr_scale']) for group in groups)
 
@@ -246,6 +267,24 @@ def test_initial_checkpoint(tmp_path, capsys):
     (['--aa', 'imagenet'], ['auto_augment', 'imagenet']),
     (['--device', 'cuda:99'], ['cuda:99']),
     (['--pretrained', '--model', 'dense2net169_s8'], ['dense2net169_s8', 'pretrained']),
+    (['--mean', '0.5', '0.5'], ['--mean', '3 values', '0.5, 0.5']),
+    (['--std', 'nan', '1', '1'], ['--std must be finite', 'nan']),
+    (['--lr', 'inf'], ['--lr must be finite', 'inf']),
+    (['--img-size', '0'], ['--img-size must be at least 1', '0']),
+    (['--min-lr', '-1'], ['--min-lr must be at least 0', '-1']),
+    (['--decay-epochs', '0'], ['--decay-epochs must be above 0', '0']),
+    (['--decay-rate', '1'], ['--decay-rate must be below 1', 'plateau']),
+    (['--clip-grad', '-1'], ['--clip-grad must be above 0', '-1']),
+    (['--momentum', '2'], ['--momentum must be in [0, 1)', '2']),
+    (['--layer-decay', '0'], ['--layer-decay must be in (0, 1]', '0']),
+    (['--model-ema-decay', '3'], ['--model-ema-decay must be in [0, 1)', '3']),
+    (['--model-kwargs', 'foo'], ['--model-kwargs takes KEY=VALUE', "'foo'"]),
+    (['--model', 'dense2net40_k12_s4', '--model-kwargs', 'act_layer=foo'], ["unknown act_layer 'foo'", 'relu']),
+    (['--model', 'dense2net40_k12_s4', '--model-kwargs', 'norm_layer=foo'], ["unknown norm_layer 'foo'", 'batchnorm2d']),
+    (['--initial-checkpoint', 'nowhere.pth'], ['--initial-checkpoint nowhere.pth', 'no such file']),
+    (['--initial-checkpoint', __file__], ['--initial-checkpoint', __file__, 'neither a safetensors file']),
+    (['--resume', 'nowhere/at/all'], ['--resume nowhere/at/all', 'no such file or folder']),
+    (['--model', 'test_vit'], ['test_vit takes images of 160x160 only', '8x8', '--img-size 160', 'img_size=8']),
 ])
 def test_user_mistakes_are_one_message(tmp_path, monkeypatch, capsys, more, words):
     monkeypatch.chdir(tmp_path)

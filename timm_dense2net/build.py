@@ -9,13 +9,15 @@ import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, Union
 
 import timm
 import torch
 import torch.nn as nn
+from safetensors import SafetensorError
 from timm.layers import convert_sync_batchnorm
-from timm.models import get_arch_name, is_model, list_models, split_model_name_tag
+from timm.models import get_arch_name, is_model, list_models, load_checkpoint, split_model_name_tag
 
 from .augment import AugmentConfig, ProgressiveResize
 from .checkpoint import load_weights
@@ -79,10 +81,26 @@ def build_data(args: argparse.Namespace) -> RunData:
         mean, std = _pretrained_stats(args)
         args.mean, args.std = args.mean or list(mean), args.std or list(std)
     mean, std = (args.mean, args.std) if args.mean and args.std else dataset_stats(train)
+    mean, std = _stats_of_channels(args, mean, std, train.image_shape[0])
     validation = test
     if args.hold_out:
         train, validation = hold_out_split(train, args.hold_out, args.seed)
-    return RunData(train, validation, test, tuple(args.mean or mean), tuple(args.std or std))
+    return RunData(train, validation, test, mean, std)
+
+
+def _stats_of_channels(
+        args: argparse.Namespace,
+        mean: Sequence[float],
+        std: Sequence[float],
+        channels: int,
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """The arguments' mean and std, else those given; as in timm one value is that of all channels."""
+    stats = []
+    for option, values in (('--mean', args.mean or mean), ('--std', args.std or std)):
+        if len(values) not in (1, channels):
+            raise ValueError(f'{option}: {channels} values are needed, one a channel, or one for all; got {values}')
+        stats.append(tuple(values) * (channels // len(values)))
+    return stats[0], stats[1]
 
 
 def _pretrained_stats(args: argparse.Namespace) -> tuple[Sequence[float], Sequence[float]]:
@@ -118,6 +136,10 @@ def build_model(args: argparse.Namespace, images: Images, with_weights: bool = T
     """
     _check_model_name(args.model)
     initial = args.initial_checkpoint if with_weights else None
+    if initial and not Path(initial).is_file():
+        raise ValueError(
+            f'--initial-checkpoint {initial}: there is no such file'
+            + (' but a folder, of which last.safetensors may be meant' if Path(initial).is_dir() else ''))
     converted = _is_converted(initial, args.res2net_scale)
     if with_weights and args.freeze_stages and args.res2net_scale and not converted:
         raise ValueError(
@@ -133,21 +155,47 @@ def build_model(args: argparse.Namespace, images: Images, with_weights: bool = T
             overlay = pretrained_overlay(args.pretrained_path, bare, images.class_names)
             weights = dict(pretrained=True, pretrained_cfg_overlay=overlay)
         elif with_weights:
-            weights = dict(pretrained=args.pretrained, checkpoint_path='' if converted else initial or '')
+            weights = dict(pretrained=args.pretrained)
         model = timm.create_model(args.model, **shape, **weights)
         # Loaded by now, and no part of what a copy of the model should hold.
         model.pretrained_cfg.pop('state_dict', None)
         if converted:
             load_converted(model, initial)
-        elif args.res2net_scale:
+        elif initial:
+            _load_initial(model, initial)
+        if args.res2net_scale and not converted:
             convert_res2net(model, args.res2net_scale)
     except LOAD_ERRORS as e:
         raise ValueError(f'{args.model}: {one_line(e)}') from e
-    if args.initial_img_size and model.pretrained_cfg.get('fixed_input_size'):
-        raise ValueError(f'--initial-img-size: {args.model} takes images of one size only')
+    _check_size(args, model, images.image_shape)
     if args.freeze_stages:
         freeze_stages(model, args.freeze_stages)
     return convert_sync_batchnorm(model) if args.sync_bn else model
+
+
+def _load_initial(model: nn.Module, path: str) -> None:
+    """Loads weights as timm's train.py does: a safetensors file, or a state dict without other objects in it."""
+    try:
+        load_checkpoint(model, path)
+    except (EOFError, KeyError, RuntimeError, SafetensorError, UnpicklingError) as e:
+        why = one_line(e)
+        # As torch says it, or timm of it.
+        if isinstance(e, (EOFError, KeyError)) or isinstance(e.__cause__ or e, UnpicklingError):
+            why = 'neither a safetensors file nor a plain state dict'
+        raise ValueError(f'--initial-checkpoint {path}: {why}') from e
+
+
+def _check_size(args: argparse.Namespace, model: nn.Module, image_shape: Sequence[int]) -> None:
+    """Refuses images of other sizes where a model takes one only; its own may be an argument of it."""
+    if not model.pretrained_cfg.get('fixed_input_size'):
+        return
+    if args.initial_img_size:
+        raise ValueError(f'--initial-img-size: {args.model} takes images of one size only')
+    size = model.pretrained_cfg['input_size'][1:]
+    if 'img_size' not in args.model_kwargs and tuple(image_shape[1:]) != tuple(size):
+        raise ValueError(
+            f'{args.model} takes images of {size[0]}x{size[1]} only, and these are {image_shape[1]}x{image_shape[2]}: '
+            f'give --img-size {size[0]}, or --model-kwargs img_size={image_shape[1]} where the model knows that')
 
 
 def _is_converted(checkpoint: str | None, scale: int | None) -> bool:
@@ -200,11 +248,16 @@ def build_trained(args: argparse.Namespace) -> tuple[nn.Module, RunData]:
         FileNotFoundError: If there are no such weights or no such data.
         ValueError: If either does not fit.
     """
-    trained = load_trained(args.model if args.pretrained else None, args.checkpoint)
+    says_model = args.checkpoint and 'model' in load_weights(weights_file(args.checkpoint))[1]
+    trained = load_trained(None if says_model else args.model, args.checkpoint)
     args.num_classes = trained.model.num_classes
+    _, height, width = trained.data_config['input_size']
+    if args.img_size is None and height == width:
+        args.img_size = height
     test = _load_split(args, 'test')
-    mean, std = args.mean or trained.data_config['mean'], args.std or trained.data_config['std']
-    return trained.model, RunData(None, test, test, tuple(mean), tuple(std))
+    mean, std = _stats_of_channels(
+        args, trained.data_config['mean'], trained.data_config['std'], test.image_shape[0])
+    return trained.model, RunData(None, test, test, mean, std)
 
 
 def weights_metadata(args: argparse.Namespace, data: RunData, model: nn.Module) -> dict[str, str]:

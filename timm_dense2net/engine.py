@@ -64,6 +64,8 @@ class TrainStep:
         self.scaler = scaler
         self.clip_grad = clip_grad
         self.clip_mode = clip_mode
+        # As in timm's train.py: what AdaHessian needs of the gradients.
+        self.create_graph = getattr(optimizer, 'is_second_order', False)
         self.parameters = list(model_parameters(model, exclude_head='agc' in clip_mode))
         # Under torch.compile the attributes of DistributedDataParallel are reached through the compiled module.
         self.no_sync = getattr(model, 'no_sync', nullcontext)
@@ -90,9 +92,9 @@ class TrainStep:
         if self.scaler is not None:
             self.scaler(
                 loss, self.optimizer, clip_grad=self.clip_grad, clip_mode=self.clip_mode, parameters=self.parameters,
-                need_update=update)
+                create_graph=self.create_graph, need_update=update)
             return
-        loss.backward()
+        loss.backward(create_graph=self.create_graph)
         if update:
             if self.clip_grad is not None:
                 dispatch_clip_grad(self.parameters, self.clip_grad, mode=self.clip_mode)

@@ -9,6 +9,7 @@ import argparse
 import difflib
 import importlib.util
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from importlib import resources
@@ -46,6 +47,31 @@ _MAY_CHANGE = frozenset((
     'output', 'experiment', 'recipe', 'device', 'log_interval', 'checkpoint_interval', 'log_wandb', 'log_tensorboard',
     'dataset_download', 'data_dir', 'workers', 'batch_size', 'validation_batch_size', 'grad_accum_steps', 'epochs',
     'early_stop_patience', 'channels_last', 'torchcompile', 'dist_bn', 'sync_bn'))
+
+
+# Option, what it must be, and whether a value is that; text is as it stands in the message.
+_RANGES = (
+    *((name, f'at least {least}', lambda value, least=least: value >= least) for name, least in (
+        ('res2net_scale', 2), ('epochs', 1), ('batch_size', 1), ('validation_batch_size', 1), ('grad_accum_steps', 1),
+        ('log_interval', 1), ('checkpoint_interval', 0), ('hold_out', 0), ('early_stop_patience', 0), ('img_size', 1),
+        ('initial_img_size', 1), ('full_size_epoch', 1), ('workers', 0), ('freeze_stages', 0), ('patience_epochs', 0),
+        ('cooldown_epochs', 0), ('warmup_epochs', 0), ('num_classes', 1), ('lr', 0), ('warmup_lr', 0), ('min_lr', 0),
+        ('weight_decay', 0), ('seed', 0))),
+    *((name, 'above 0', lambda value: value > 0) for name in ('clip_grad', 'decay_rate', 'decay_epochs')),
+    *((name, 'in [0, 1)', lambda value: 0 <= value < 1) for name in ('smoothing', 'momentum', 'model_ema_decay')),
+    ('layer_decay', 'in (0, 1]', lambda value: 0 < value <= 1),
+    ('std', 'above 0', lambda value: all(deviation > 0 for deviation in value)),
+)
+
+
+class _ModelKwargs(ParseKwargs):
+    """timm's, with a message for a word that is no pair."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        for value in values:
+            if '=' not in value:
+                raise ValueError(f"{option_string} takes KEY=VALUE, got '{value}'")
+        super().__call__(parser, namespace, values, option_string)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -100,7 +126,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     group = parser.add_argument_group('Model')
     group.add_argument('--model', default='dense2net121_s4', metavar='MODEL', help='any timm model (%(default)s)')
-    group.add_argument('--model-kwargs', nargs='*', default={}, action=ParseKwargs, metavar='KEY=VALUE')
+    group.add_argument('--model-kwargs', nargs='*', default={}, action=_ModelKwargs, metavar='KEY=VALUE')
     group.add_argument('--pretrained', action=flag, default=False, help='start from (or evaluate) pretrained weights')
     group.add_argument('--pretrained-path', metavar='PATH', help=(
         'run folder or safetensors file in the place of the pretrained weights, with adaptation'))
@@ -138,7 +164,8 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument('--decay-rate', type=float, default=0.1, metavar='RATE', help='factor of plateau, step, ...')
     group.add_argument('--decay-epochs', type=float, default=90, metavar='N', help='step: epochs between decays')
     group.add_argument('--decay-milestones', type=int, nargs='+', default=[90, 180, 270], metavar='N')
-    group.add_argument('--cooldown-epochs', type=int, default=0, metavar='N')
+    group.add_argument('--cooldown-epochs', type=int, default=0, metavar='N', help=(
+        "plateau: epochs after a decay that do not count; the others: epochs at --min-lr after the schedule's end"))
     group.add_argument('--early-stop-patience', type=int, default=25, metavar='N', help=(
         'stop after N epochs without a better validation top-1, 0: never (%(default)s)'))
 
@@ -190,7 +217,7 @@ def load_recipe(name: str, parser: argparse.ArgumentParser | None = None) -> dic
     if name in list_recipes():
         text = (_recipe_folder() / f'{name}.yaml').read_text(encoding='utf-8')
     elif Path(name).is_file():
-        text = Path(name).read_text(encoding='utf-8')
+        text = _read_text(Path(name))
     else:
         raise ValueError(f"no recipe '{name}': give a YAML file or one of {', '.join(list_recipes())}")
     values = _parse_yaml(text, f'recipe {name}')
@@ -198,6 +225,13 @@ def load_recipe(name: str, parser: argparse.ArgumentParser | None = None) -> dic
         # The saved arguments of a run: where it lay is no part of how it was made.
         values = {key: value for key, value in values.items() if key not in ('recipe', 'output', 'experiment')}
     return _check_values(values, parser or build_parser(), f'recipe {name}')
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding='utf-8')
+    except UnicodeDecodeError as e:
+        raise ValueError(f'{path} is not a text file: {e}') from None
 
 
 def _parse_yaml(text: str, source: str) -> dict[str, Any]:
@@ -273,7 +307,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     early, _ = _early_parser().parse_known_args(argv)
     saved = _saved_args_file(early)
     if saved:
-        values = _parse_yaml(saved.read_text(encoding='utf-8'), str(saved))
+        values = _parse_yaml(_read_text(saved), str(saved))
         recipe = values.pop('recipe', None)
         if early.recipe and early.recipe != recipe:
             raise ValueError(f'{saved.parent} was started with recipe {recipe}, it cannot go on with {early.recipe}')
@@ -317,6 +351,8 @@ def _saved_args_file(early: argparse.Namespace) -> Path | None:
         begun = any((folder / name).exists() for name in (CHECKPOINT_FILE, PREVIOUS_FILE))
         return folder.resolve() / ARGS_FILE if begun else None
     path = Path(early.resume)
+    if not path.exists():
+        raise ValueError(f'--resume {early.resume}: there is no such file or folder')
     path = (path if path.is_dir() else path.parent) / ARGS_FILE
     if not path.is_file():
         raise ValueError(f'--resume {early.resume}: no run is there ({path} is missing)')
@@ -363,19 +399,7 @@ def check_args(args: argparse.Namespace) -> None:
     Raises:
         ValueError: Naming the value, or the two options that cannot go together.
     """
-    for name, least in (
-            ('res2net_scale', 2),
-            ('epochs', 1), ('batch_size', 1), ('validation_batch_size', 1), ('grad_accum_steps', 1),
-            ('log_interval', 1), ('checkpoint_interval', 0), ('hold_out', 0), ('early_stop_patience', 0),
-            ('initial_img_size', 1), ('full_size_epoch', 1), ('workers', 0), ('freeze_stages', 0),
-            ('patience_epochs', 0), ('warmup_epochs', 0), ('num_classes', 1), ('lr', 0), ('weight_decay', 0), ('seed', 0)):
-        value = getattr(args, name)
-        if value is not None and value < least:
-            raise ValueError(f'--{name.replace("_", "-")} must be at least {least}, got {value}')
-    if not 0 <= args.smoothing < 1:
-        raise ValueError(f'--smoothing must be in [0, 1), got {args.smoothing}')
-    if any(deviation <= 0 for deviation in args.std or ()):
-        raise ValueError(f'--std must be above 0, got {args.std}')
+    _check_ranges(args)
     if args.opt.rpartition('_')[2] not in list_optimizers():
         close = difflib.get_close_matches(args.opt, list_optimizers())
         hint = f', did you mean {" or ".join(close)}?' if close else ''
@@ -400,11 +424,28 @@ def check_args(args: argparse.Namespace) -> None:
     _check_start(args)
     for option, package in (('log_wandb', 'wandb'), ('log_tensorboard', 'tensorboard')):
         if getattr(args, option) and importlib.util.find_spec(package) is None:
-            raise ValueError(f'--{option.replace("_", "-")}: {package} is not installed')
+            raise ValueError(f'{_option(option)}: {package} is not installed')
     if args.sync_bn and not is_distributed_env():
         raise ValueError('--sync-bn shares batch statistics between processes: start them with torchrun')
     if args.sync_bn and (args.device == 'cpu' or not torch.cuda.is_available()):
         raise ValueError('--sync-bn works between GPUs only; --dist-bn shares the running statistics on a CPU')
+
+
+def _check_ranges(args: argparse.Namespace) -> None:
+    for name, value in vars(args).items():
+        for number in value if isinstance(value, list) else [value]:
+            if isinstance(number, float) and not math.isfinite(number):
+                raise ValueError(f'{_option(name)} must be finite, got {value}')
+    for name, wanted, holds in _RANGES:
+        value = getattr(args, name)
+        if value is not None and not holds(value):
+            raise ValueError(f'{_option(name)} must be {wanted}, got {value}')
+    if args.sched == 'plateau' and args.decay_rate >= 1:
+        raise ValueError(f'--decay-rate must be below 1 for --sched plateau, got {args.decay_rate}')
+
+
+def _option(name: str) -> str:
+    return f'--{name.replace("_", "-")}'
 
 
 def _check_progressive_resizing(args: argparse.Namespace) -> None:

@@ -28,6 +28,7 @@ from .data import BatchLoader
 from .distributed import Processes
 from .engine import TrainLoss, TrainStep, autocast_factory, evaluate
 from .rng import rng_state, set_rng_state
+from .training_form import set_training_form
 
 if TYPE_CHECKING:
     from .runs import RunFolder
@@ -135,6 +136,8 @@ class Trainer:
         self.step = TrainStep(
             self._compile(self._distribute(model)), TrainLoss(args.smoothing), self.optimizer, self.autocast,
             self.scaler, args.clip_grad, args.clip_mode)
+        if self.step.create_graph:
+            set_training_form(False)
 
     def _build_scheduler(self) -> tuple[Any, int]:
         """A scheduler and the number of epochs it makes."""
@@ -146,7 +149,8 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group['lr'] *= group.get('lr_scale', 1.)
         return ReduceLROnPlateau(
-            self.optimizer, factor=args.decay_rate, patience=args.patience_epochs, min_lr=args.min_lr), args.epochs
+            self.optimizer, factor=args.decay_rate, patience=args.patience_epochs, cooldown=args.cooldown_epochs,
+            min_lr=args.min_lr), args.epochs
 
     def _distribute(self, model: nn.Module) -> nn.Module:
         if not self.processes.distributed:
