@@ -10,9 +10,10 @@ from safetensors.torch import load_file, save_file
 
 import timm_dense2net  # noqa: F401
 from timm_dense2net import packaged
-from timm_dense2net.checkpoint import save_weights
+from timm_dense2net.checkpoint import load_weights, save_weights
 from timm_dense2net.classes import CIFAR100_CLASSES
 from timm_dense2net.evaluate import main as evaluate_main
+from timm_dense2net.options import PLACES
 
 ROOT = Path(__file__).parent.parent
 CIFAR100 = ROOT.parent / 'shared' / 'cifar100'
@@ -47,6 +48,13 @@ def test_weights_load_exactly_and_are_half_precision(name):
         assert torch.equal(tensor, stored[key].to(tensor.dtype)), key
 
 
+@pytest.mark.parametrize('name', TAGGED)
+def test_metadata_tell_nothing_of_the_machine(name):
+    metadata = load_weights(packaged.packaged_file(name))[1]
+    assert metadata['dataset'] == 'cifar100'
+    assert not PLACES & json.loads(metadata['args']).keys()
+
+
 def test_weights_adapt_to_other_heads_and_inputs():
     model = timm.create_model(NAME, pretrained=True)
     x = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -58,6 +66,13 @@ def test_weights_adapt_to_other_heads_and_inputs():
     with torch.no_grad():
         torch.testing.assert_close(net(x)[-1], model.eval().forward_features(x))
     assert timm.create_model(NAME, pretrained=True, num_classes=0).eval()(x).shape == (2, model.num_features)
+
+
+def test_best_packaged_weights_are_those_of_the_highest_top1():
+    with open(ROOT / 'results' / 'results.csv', newline='') as f:
+        best = max((row for row in csv.DictReader(f) if row['dataset'] == 'cifar100'), key=lambda row: float(row['top1']))
+    assert packaged.BEST_PACKAGED == best['model']
+    assert timm.get_pretrained_cfg(best['model']).tag == best['tag']
 
 
 def test_a_name_without_weights_says_so():

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import functools
 import os
+import socket
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,6 +24,7 @@ from timm.data import create_transform
 from .cam import class_activation_maps
 from .dense2net import DenseBlock
 from .drawings import DRAWINGS
+from .packaged import BEST_PACKAGED
 from .trained import TrainedModel, load_trained
 
 __all__ = ['build_demo', 'explain', 'main']
@@ -149,6 +151,7 @@ def build_demo(checkpoints: Sequence[str | Path] = ()) -> Any:
     sources.update((name, (name, None)) for name in timm.list_models(module='dense2net', pretrained=True))
     if not sources:
         raise ValueError('no weights are packaged: name some with --checkpoint')
+    first = str(checkpoints[0]) if checkpoints else BEST_PACKAGED
     for path in checkpoints:
         # A mistake shows now and not in the page.
         if not any(isinstance(module, DenseBlock) for module in load(None, str(path)).model.modules()):
@@ -163,7 +166,7 @@ def build_demo(checkpoints: Sequence[str | Path] = ()) -> Any:
         with gr.Row():
             with gr.Column(scale=2):
                 picture = Picture(label='Picture', sources=['upload', 'clipboard'], height=300, elem_id='picture')
-                model = gr.Dropdown(list(sources), value=next(iter(sources)), label='Model', elem_id='model')
+                model = gr.Dropdown(list(sources), value=first, label='Model', elem_id='model')
                 gr.Examples(_draw_examples(Path(demo.GRADIO_CACHE) / 'dense2net_drawings'), picture, label='Drawings')
             with gr.Column(scale=3):
                 labels = gr.Label(label='Top 5', num_top_classes=_TOPK, elem_id='classes')
@@ -191,11 +194,18 @@ def _build_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command until it is interrupted; returns 0, or 2 where the page cannot be served."""
-    args = _build_parser().parse_args(argv)
+    parser = _build_parser()
+    args = parser.parse_args(argv)
+    if not 1 <= args.port <= 65535:
+        parser.error(f'--port must be from 1 to 65535, got {args.port}')
+    try:
+        socket.getaddrinfo(args.host, args.port)
+    except OSError as e:
+        parser.error(f'--host {args.host}: no such address ({e.strerror})')
     try:
         demo = build_demo(args.checkpoint)
     except ImportError:
-        print("error: gradio is not installed (pip install 'timm_dense2net[demo]')", file=sys.stderr)
+        print("error: gradio is not installed (pip install -e '.[demo]')", file=sys.stderr)
         return 2
     except (OSError, ValueError) as e:
         print(f'error: {e}', file=sys.stderr)

@@ -18,13 +18,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import timm
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from timm.data import create_transform, get_img_extensions
 from tqdm import tqdm
 
 from .distributed import start_processes
+from .packaged import BEST_PACKAGED
 from .results import replace_file
 from .trained import TrainedModel, load_trained
 
@@ -32,8 +32,6 @@ __all__ = ['Prediction', 'find_images', 'predict_images', 'main']
 
 # Looked for in folders: timm's extensions, and what else Pillow reads and cameras or browsers write.
 _EXTENSIONS = (*get_img_extensions(), '.bmp', '.gif', '.ppm', '.tif', '.tiff', '.webp')
-
-_DEFAULT_MODEL = 'dense2net121_s8'
 
 
 class Source(NamedTuple):
@@ -205,26 +203,13 @@ def _as_object(prediction: Prediction) -> dict[str, Any]:
 _FORMATS = dict(table=format_table, json=format_json, csv=format_csv)
 
 
-def _default_model() -> str:
-    """The packaged weights that are used where none are named.
-
-    Raises:
-        ValueError: If no weights are packaged.
-    """
-    names = timm.list_models(module='dense2net', pretrained=True)
-    if not names:
-        raise ValueError('no weights are packaged: name some with --checkpoint or --model')
-    return next((name for name in names if name.partition('.')[0] == _DEFAULT_MODEL), names[0])
-
-
 def _build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog='python -m timm_dense2net predict', description='Classify pictures.')
     parser.add_argument(
         'images', nargs='+', metavar='IMAGE', help='file, folder, glob pattern, or - for standard input')
     parser.add_argument(
         '--model', metavar='NAME', help=(
-            f'timm model name with weights, hf-hub: or local-dir: name '
-            f'({_DEFAULT_MODEL} once it has weights, else the first packaged model)'))
+            f'timm model name with weights, hf-hub: or local-dir: name ({BEST_PACKAGED})'))
     parser.add_argument('--checkpoint', metavar='PATH', help='run folder or safetensors file of weights')
     parser.add_argument('--topk', type=int, default=5, metavar='K', help='classes a picture (%(default)s)')
     parser.add_argument('--format', choices=_FORMATS, default='table', help='(%(default)s)')
@@ -245,7 +230,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f'--output {args.output}: there is no folder {Path(args.output).parent}')
     try:
         device = start_processes(args.device).device
-        trained = load_trained(args.model or (None if args.checkpoint else _default_model()), args.checkpoint)
+        trained = load_trained(args.model or (None if args.checkpoint else BEST_PACKAGED), args.checkpoint)
         sources = list(find_images(args.images))
         predictions = list(tqdm(
             predict_images(trained, sources, topk=args.topk, batch_size=args.batch_size, device=device),
