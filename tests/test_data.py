@@ -607,5 +607,5 @@ def test_broken_image_read_from_disk_is_named_in_one_line(tmp_path, num_workers)
 
 def test_missing_package_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, 'datasets', None)
-    with pytest.raises(ValueError, match=r"hfds/some/set needs the package datasets: pip install 'timm_dense2net\["):
+    with pytest.raises(ValueError, match=r"hfds/some/set needs the package datasets: pip install -e '.\["):
         load_arrays('hfds/some/set', 'train')

@@ -97,3 +97,24 @@ def test_every_command_has_help(command, capsys):
         main([command, '--help'])
     assert info.value.code == 0
     assert f'timm_dense2net {command}' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('argv, words', [
+    (['demo', '--port', '70000'], ['--port must be from 1 to 65535', '70000']),
+    (['demo', '--host', 'no host'], ['--host no host: no such address']),
+    (['convert', 'resnet18', '--num-classes', '-3'], ['--num-classes must be at least 0', '-3']),
+    (['evaluate', '--model', 'resnet18', '--pretrained', '--dataset', 'digits', '--img-size', '0'],
+     ['--img-size must be at least 1', '0']),
+])
+def test_bad_values_of_commands(argv, words, capsys):
+    with pytest.raises(SystemExit) as e:
+        main(argv)
+    error = capsys.readouterr().err
+    assert e.value.code == 2 and all(word in error for word in words)
+
+
+def test_a_package_that_a_command_lacks_is_named(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, 'optuna', None)
+    monkeypatch.delitem(sys.modules, 'timm_dense2net.search', raising=False)
+    assert main(['search', '--help']) == 2
+    assert capsys.readouterr().err == "error: the search needs Optuna: pip install -e '.[search]'\n"

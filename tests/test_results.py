@@ -233,6 +233,18 @@ def test_curves_draw_every_known_column_and_annotate_best_and_last(tmp_path, mon
     assert [text.get_text() for text in loss_axes.texts] == ['2.00', '2.20']
 
 
+def test_losses_far_above_the_others_are_cut_off(tmp_path, monkeypatch):
+    pytest.importorskip('matplotlib')
+    drawn = []
+    monkeypatch.setattr(results, 'save_figure', lambda figure, path: drawn.append(figure))
+    (tmp_path / 'summary.csv').write_text(
+        'epoch,train_loss,eval_loss,train_top1,eval_top1\n0,4.0,125323,7,1\n1,3.0,3.5,19,13\n')
+    update_curves(tmp_path)
+    accuracy_axes, loss_axes = drawn[0].axes
+    assert loss_axes.get_ylim() == (0, 8) and accuracy_axes.get_ylim()[1] > 19
+    assert [text.get_text() for text in loss_axes.texts] == ['3.00', '3.50']
+
+
 def test_summary_with_a_torn_line_a_repeated_epoch_and_missing_values(tmp_path):
     path = tmp_path / 'summary.csv'
     path.write_text('epoch,train_loss,eval_top1,lr\n0,4.0,10,0.1\n1,3.0,,0.1\n1,2.5,20,0.1\n2,nan,30,0.1\n3,1.0,4')

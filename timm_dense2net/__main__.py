@@ -48,7 +48,12 @@ def main(argv: list[str] | None = None) -> int:
         return 0 if argv else 2
     name, args = argv[0], argv[1:]
     if name in COMMANDS:
-        return importlib.import_module(f'timm_dense2net.{COMMANDS[name]}').main(args)
+        try:
+            command = importlib.import_module(f'timm_dense2net.{COMMANDS[name]}')
+        except ImportError as e:  # of a package that only some commands need
+            print(f'error: {e}', file=sys.stderr)
+            return 2
+        return command.main(args)
     if not Path(name).is_file():
         print(f"error: '{name}' is neither a command nor a script that exists\n{_usage()}", file=sys.stderr)
         return 2

@@ -309,6 +309,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument('--num-classes', type=int, metavar='N', help="number of classes (the model's own)")
     parser.add_argument('--img-size', type=int, metavar='N', help="side of the image (the model's own)")
     args = parser.parse_args(argv)
+    for option, value, least in (('num-classes', args.num_classes, 0), ('img-size', args.img_size, 1)):
+        if value is not None and value < least:
+            parser.error(f'--{option} must be at least {least}, got {value}')
     for index, name in enumerate(args.model):
         try:
             print(('\n' if index else '') + _report(name, args.scale, args.num_classes, args.img_size))

@@ -346,7 +346,7 @@ def _optional_package(package: str, dataset: str) -> ModuleType:
     try:
         return importlib.import_module(package)
     except ModuleNotFoundError as error:
-        raise ValueError(f"{dataset} needs the package {error.name}: pip install 'timm_dense2net[train]'.") from error
+        raise ValueError(f"{dataset} needs the package {error.name}: pip install -e '.[train]'.") from error
 
 
 def _find_column(dataset: str, features: Any, given: str | None, names: Sequence[str], kind: type) -> str:

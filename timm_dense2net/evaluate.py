@@ -258,8 +258,10 @@ def main(argv: list[str] | None = None) -> int:
         parser.error('give either --pretrained or --checkpoint')
     if args.pretrained and not args.model:
         parser.error('--pretrained needs --model')
-    if args.batch_size < 1:
-        parser.error(f'--batch-size must be at least 1, got {args.batch_size}')
+    for name in ('batch_size', 'img_size'):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            parser.error(f'--{name.replace("_", "-")} must be at least 1, got {value}')
     try:
         device = start_processes(args.device).device
         trained = load_trained(args.model, args.checkpoint)

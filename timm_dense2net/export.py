@@ -179,7 +179,7 @@ def export_model(trained: TrainedModel, output: Path, file_format: str, fuse: bo
     if file_format == 'onnx':
         missing = [name for name in _ONNX_PACKAGES if find_spec(name) is None]
         if missing:
-            raise ExportError(f"{', '.join(missing)} not installed (pip install 'timm_dense2net[export]')")
+            raise ExportError(f"{', '.join(missing)} not installed (pip install -e '.[export]')")
     channels, height, width = trained.data_config['input_size']
     # All three sizes differ from 1 and from each other: sizes that are equal in the example are taken for one.
     images = torch.zeros(2, channels, height + height // 8, width + width // 4)

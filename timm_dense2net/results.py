@@ -1,6 +1,6 @@
 """What a run leaves to look at: its curves, and the final account of a classifier on a test set.
 
-The pictures need matplotlib (`pip install 'timm_dense2net[train]'`). Without it the figures are still computed and
+The pictures need matplotlib (`pip install -e '.[train]'`). Without it the figures are still computed and
 written as CSV, and one warning says that no picture was drawn.
 """
 from __future__ import annotations
@@ -83,7 +83,7 @@ def _has_matplotlib() -> bool:
     try:
         import matplotlib  # noqa: F401
     except ImportError:
-        _logger.warning("matplotlib is not installed: no pictures are drawn (pip install 'timm_dense2net[train]').")
+        _logger.warning("matplotlib is not installed: no pictures are drawn (pip install -e '.[train]').")
         return False
     return True
 
@@ -168,6 +168,13 @@ def update_curves(run_dir: str | os.PathLike[str]) -> Path | None:
     return run_dir / 'curves.png'
 
 
+def _cut_off(axes: Axes, summary: Mapping[str, list[float]]) -> None:
+    """Cuts validation losses off that are far above the training loss, as those of nets that know one size only."""
+    highest = 2 * max((y for y in summary.get('train_loss', []) if math.isfinite(y)), default=math.inf)
+    if axes.get_ylim()[1] > highest > 0:
+        axes.set_ylim(bottom=0, top=highest)
+
+
 def _draw_curves(axes: Axes, summary: Mapping[str, list[float]], lines: Sequence[tuple], best) -> None:
     """Draws one panel; a circle marks each validation curve's best epoch, a number at the right its last value."""
     ends = []
@@ -182,6 +189,8 @@ def _draw_curves(axes: Axes, summary: Mapping[str, list[float]], lines: Sequence
             axes.plot([best_epoch], [best_value], 'o', color=color, markerfacecolor='white', markersize=6, zorder=3)
         axes.plot(epochs, values, color=color, label=label, linewidth=1.6, marker='.' if len(points) == 1 else None)
         ends.append((values[-1], epochs[-1], color))
+    if best is min:
+        _cut_off(axes, summary)
     axes.grid(color='#dddddd', linewidth=0.6)
     axes.spines[['top', 'right']].set_visible(False)
     axes.xaxis.get_major_locator().set_params(integer=True)
@@ -196,7 +205,7 @@ def _annotate_ends(axes: Axes, ends: Sequence[tuple[float, float, str]]) -> None
     spacing, previous = 0.055 * (high - low), -math.inf
     right = max(epoch for _, epoch, _ in ends)
     for value, epoch, color in sorted(ends):
-        previous = max(value, previous + spacing)
+        previous = max(min(value, high), previous + spacing)
         axes.annotate(
             f'{value:.2f}', xy=(right, previous), xytext=(5, 0), textcoords='offset points', color=color,
             fontsize=9, fontweight='bold', va='center', annotation_clip=False)

@@ -41,7 +41,7 @@ try:
     from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback
     from optuna.trial import FrozenTrial, Trial, TrialState
 except ImportError as e:
-    raise ImportError("the search needs Optuna: pip install 'timm_dense2net[search]'") from e
+    raise ImportError("the search needs Optuna: pip install -e '.[search]'") from e
 
 if TYPE_CHECKING:
     from .build import RunData
@@ -377,7 +377,7 @@ def write_trials(study: optuna.Study, folder: Path) -> None:
 def draw_plots(study: optuna.Study, folder: Path) -> None:
     """Draws `history.png` and `importance.png`, where matplotlib is there and the trials allow it."""
     if importlib.util.find_spec('matplotlib') is None:
-        _logger.warning("No plots are drawn: they need matplotlib, pip install 'timm_dense2net[search]'.")
+        _logger.warning("No plots are drawn: they need matplotlib, pip install -e '.[search]'.")
         return
     from matplotlib import rc_context
     from optuna.visualization import matplotlib as plots
