@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from timm.layers import BatchNormAct2d, FrozenBatchNormAct2d, SyncBatchNormAct
 
 from .hooks import has_hooks
-from .in_place import block_in_place, in_groups, is_recorded, sees_whole_batch
+from .in_place import block_in_place, in_groups, is_recorded, parts_of, sees_whole_batch
 
 __all__ = ['FusedDenseBlock', 'FusedDenseTransition', 'FusedFeatures', 'FusedSplitHierarchyConv2d', 'is_fusable']
 
@@ -207,7 +207,7 @@ class FusedDenseBlock(nn.ModuleDict):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not torch.jit.is_scripting():
-            if self.runs_in_place(x) and not has_hooks(*self.modules()):
+            if self.runs_in_place(x) and not has_hooks(self):
                 return block_in_place(self, x)
         for layer in self.values():
             x = torch.cat([x, layer(x)], 1)
@@ -252,8 +252,8 @@ class FusedFeatures(nn.Sequential):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not torch.jit.is_scripting():
-            if not (is_recorded(x) or has_hooks(*self.modules())):
-                return self._forward_in_place(x) if sees_whole_batch(self) else in_groups(self._forward_in_place, x)
+            if not (is_recorded(x) or has_hooks(self)):
+                return in_groups(self, self._forward_in_place, x)
         for layer in self:
             x = layer(x)
         return x
@@ -269,7 +269,7 @@ class FusedFeatures(nn.Sequential):
                 x = layer(x)
                 continue
             follower = next(layers, None)
-            if follower is not None and sees_whole_batch(follower):
+            if follower is not None and len(parts_of(x, layer.out_chs)) > 1 and sees_whole_batch(follower):
                 x = follower(block_in_place(layer, x))
             else:
                 x = block_in_place(

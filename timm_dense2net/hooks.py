@@ -1,15 +1,26 @@
 """What happens in a call of a module beside its class's forward: forms that do not call it would pass over that."""
+from typing import Iterator
+
 import torch.nn as nn
 from torch.nn.modules import module as torch_module
 
-__all__ = ['has_hooks']
+__all__ = ['all_modules', 'has_hooks']
 
 
-def has_hooks(*modules: nn.Module) -> bool:
-    """Whether calling one of the modules runs hooks, a compiled form or a forward of its own instead of its class's."""
+def all_modules(root: nn.Module) -> Iterator[nn.Module]:
+    """As ``root.modules()``, without the names that it makes: asked at each call, they are a part of a small one."""
+    stack = [root]
+    while stack:
+        module = stack.pop()
+        yield module
+        stack.extend(child for child in module._modules.values() if child is not None)
+
+
+def has_hooks(root: nn.Module) -> bool:
+    """Whether calling a module in root runs hooks, a compiled form or a forward of its own instead of its class's."""
     return _has_global_hooks() or any(
         m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
-        or m._compiled_call_impl is not None or 'forward' in m.__dict__ for m in modules)
+        or m._compiled_call_impl is not None or 'forward' in m.__dict__ for m in all_modules(root))
 
 
 def _has_global_hooks() -> bool:

@@ -12,7 +12,7 @@ import torch
 import torch.nn as nn
 from torch.autograd import forward_ad
 
-from .hooks import has_hooks
+from .hooks import all_modules, has_hooks
 
 # Bytes of features that a block works on at a time on a CPU, for each of torch's threads.
 CACHE_BYTES = 4 << 20
@@ -90,15 +90,15 @@ def _is_watched() -> bool:
         or torch.autograd._profiler_enabled())
 
 
-def in_groups(run: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
-    """``run(x)`` of images x (N, C, H, W): on a CPU, of groups of a large batch beside each other.
+def in_groups(module: nn.Module, run: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+    """``run(x)`` of images x (N, C, H, W) by a module: on a CPU, of groups of a large batch beside each other.
 
     Threads that share each operation wait for each other after each one. So every group has a Python thread, with its
     share of torch's threads.
     """
     threads = torch.get_num_threads()
     groups = min(threads, len(x) // (GROUP_IMAGES * threads))
-    if x.device.type != 'cpu' or groups < 2 or _is_watched():
+    if x.device.type != 'cpu' or groups < 2 or _is_watched() or sees_whole_batch(module):
         return run(x)
     is_inference = torch.is_inference_mode_enabled()
 
@@ -120,12 +120,12 @@ def runs_by_parts(block: nn.ModuleDict, x: torch.Tensor) -> bool:
     """Whether a plain block may work on parts of x: where it is large, and nothing sees the batch as a whole."""
     if is_recorded(x) or len(parts_of(x, block.out_chs)) == 1:
         return False
-    return not (has_hooks(*block.modules()) or sees_whole_batch(block))
+    return not (has_hooks(block) or sees_whole_batch(block))
 
 
 def sees_whole_batch(module: nn.Module) -> bool:
     """Whether something in the module is in training mode or takes statistics of the batch it is given."""
-    return any(m.training or getattr(m, 'running_mean', m) is None for m in module.modules())
+    return any(m.training or getattr(m, 'running_mean', m) is None for m in all_modules(module))
 
 
 def _run_block(

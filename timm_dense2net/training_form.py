@@ -82,7 +82,7 @@ def has_training_form(module: nn.Module, x: torch.Tensor) -> bool:
         module.is_original()
         and all(_is_covered(norm) for norm in module.norms())
         and all(p.dtype == params_dtype for p in module.parameters())
-        and not has_hooks(*module.modules()))
+        and not has_hooks(module))
 
 
 @torch.jit.ignore
