@@ -105,7 +105,7 @@ def test_unknown_recipe_lists_those_there_are(capsys):
     (['--pretrained', '--initial-checkpoint', 'x'], ['--pretrained', '--initial-checkpoint']),
     (['--sync-bn'], ['--sync-bn', 'torchrun']),
     (['--resume', 'auto'], ['--resume auto', '--experiment']),
-    (['--resume', '.'], ['--resume .', 'no run is there']),
+    (['--resume', '.'], ['--resume .: no run is there', 'args.yaml is missing']),
     (['--smoothing', '1'], ['--smoothing', '1.0']),
     (['--batch-size', '0'], ['--batch-size must be at least 1, got 0']),
     (['--lr', '-1'], ['--lr must be at least 0, got -1']),

@@ -283,7 +283,7 @@ def test_initial_checkpoint(tmp_path, capsys):
     (['--model', 'dense2net40_k12_s4', '--model-kwargs', 'norm_layer=foo'], ["unknown norm_layer 'foo'", 'batchnorm2d']),
     (['--initial-checkpoint', 'nowhere.pth'], ['--initial-checkpoint nowhere.pth', 'no such file']),
     (['--initial-checkpoint', __file__], ['--initial-checkpoint', __file__, 'neither a safetensors file']),
-    (['--resume', 'nowhere/at/all'], ['--resume nowhere/at/all', 'no such file or folder']),
+    (['--resume', 'nowhere/at/all'], ['--resume nowhere/at/all: no run is there', 'no such file or folder']),
     (['--model', 'test_vit'], ['test_vit takes images of 160x160 only', '8x8', '--img-size 160', 'img_size=8']),
 ])
 def test_user_mistakes_are_one_message(tmp_path, monkeypatch, capsys, more, words):

@@ -37,6 +37,9 @@ __all__ = [
 ]
 
 
+# What models of a fixed size take in timm, so that they take others.
+_SIZE_KWARGS = frozenset(('img_size', 'dynamic_img_size', 'strict_img_size'))
+
 # Held in memory, or read image by image where they are too many.
 Images = Union[ImageArrays, ImageReader]
 
@@ -192,7 +195,7 @@ def _check_size(args: argparse.Namespace, model: nn.Module, image_shape: Sequenc
     if args.initial_img_size:
         raise ValueError(f'--initial-img-size: {args.model} takes images of one size only')
     size = model.pretrained_cfg['input_size'][1:]
-    if 'img_size' not in args.model_kwargs and tuple(image_shape[1:]) != tuple(size):
+    if not _SIZE_KWARGS & args.model_kwargs.keys() and tuple(image_shape[1:]) != tuple(size):
         raise ValueError(
             f'{args.model} takes images of {size[0]}x{size[1]} only, and these are {image_shape[1]}x{image_shape[2]}: '
             f'give --img-size {size[0]}, or --model-kwargs img_size={image_shape[1]} where the model knows that')

@@ -350,12 +350,11 @@ def _saved_args_file(early: argparse.Namespace) -> Path | None:
         folder = Path(early.output, early.experiment)
         begun = any((folder / name).exists() for name in (CHECKPOINT_FILE, PREVIOUS_FILE))
         return folder.resolve() / ARGS_FILE if begun else None
-    path = Path(early.resume)
-    if not path.exists():
-        raise ValueError(f'--resume {early.resume}: there is no such file or folder')
-    path = (path if path.is_dir() else path.parent) / ARGS_FILE
+    given = Path(early.resume)
+    path = (given if given.is_dir() else given.parent) / ARGS_FILE
     if not path.is_file():
-        raise ValueError(f'--resume {early.resume}: no run is there ({path} is missing)')
+        why = f'{path} is missing' if given.exists() else 'no such file or folder'
+        raise ValueError(f'--resume {early.resume}: no run is there ({why})')
     return path.resolve()
 
 
