@@ -280,7 +280,7 @@ def test_initial_checkpoint(tmp_path, capsys):
     (['--model-ema-decay', '3'], ['--model-ema-decay must be in [0, 1)', '3']),
     (['--model-kwargs', 'foo'], ['--model-kwargs takes KEY=VALUE', "'foo'"]),
     (['--model', 'dense2net40_k12_s4', '--model-kwargs', 'act_layer=foo'], ["unknown act_layer 'foo'", 'relu']),
-    (['--model', 'dense2net40_k12_s4', '--model-kwargs', 'norm_layer=foo'], ["unknown norm_layer 'foo'", 'batchnorm2d']),
+    (['--model', 'dense2net40_k12_s4', '--model-kwargs', 'norm_layer=foo'], ["norm_layer 'foo'", 'batchnorm2d']),
     (['--initial-checkpoint', 'nowhere.pth'], ['--initial-checkpoint nowhere.pth', 'no such file']),
     (['--initial-checkpoint', __file__], ['--initial-checkpoint', __file__, 'neither a safetensors file']),
     (['--resume', 'nowhere/at/all'], ['--resume nowhere/at/all: no run is there', 'no such file or folder']),

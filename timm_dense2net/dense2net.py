@@ -476,8 +476,8 @@ class Dense2Net(nn.Module):
 
     Raises:
         ValueError: If a size is below 1, a rate is outside [0, 1), the bottleneck cannot be split as asked, or the
-            stem, attention, activation or norm is unknown; in ``forward``, if the input has other than ``in_chans`` channels or is too
-            small for the strides.
+            stem, attention, activation or norm is unknown; in ``forward``, if the input has other than ``in_chans``
+            channels or is too small for the strides.
     """
 
     def __init__(

@@ -167,7 +167,8 @@ def _check_first_order() -> None:
     if torch.is_grad_enabled():
         raise RuntimeError(
             'no second derivatives in the training form, and backward was called with create_graph=True: call '
-            'timm_dense2net.training_form.set_training_form(False) or set TIMM_DENSE2NET_TRAINING_FORM=0 before training')
+            'timm_dense2net.training_form.set_training_form(False) before training, or set '
+            'TIMM_DENSE2NET_TRAINING_FORM=0')
 
 
 def _relu_backward(dy: torch.Tensor, y: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
