@@ -15,8 +15,9 @@ from PIL import Image
 
 import timm_dense2net  # noqa: F401
 from timm_dense2net.cam import class_activation_maps
-from timm_dense2net.demo import explain, main, read_picture
+from timm_dense2net.demo import build_demo, explain, main, read_picture
 from timm_dense2net.drawings import DRAWINGS
+from timm_dense2net.packaged import BEST_PACKAGED
 from timm_dense2net.trained import load_trained
 
 ROOT = Path(__file__).parent.parent
@@ -222,3 +223,10 @@ def test_in_a_browser(server, browser, tmp_path):
     upload(tmp_path / 'text.png')
     wait_for(lambda: 'This file is not a picture.' in find('body')[0].text, 'the message')
     assert not find('#by_scale img')
+
+
+def test_the_page_begins_with_the_best_packaged_weights():
+    pytest.importorskip('gradio', reason='the demo needs gradio')
+    menu = next(block for block in build_demo().blocks.values() if block.elem_id == 'model')
+    assert menu.value == BEST_PACKAGED
+    assert (BEST_PACKAGED, BEST_PACKAGED) in menu.choices
