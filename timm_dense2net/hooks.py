@@ -1,10 +1,12 @@
-"""What happens in a call of a module beside its class's forward: forms that do not call it would pass over that."""
+"""What a call does beside a class's forward, which forms that do not call the modules would pass over."""
 from typing import Iterator
 
+import torch
 import torch.nn as nn
+from torch.autograd import forward_ad
 from torch.nn.modules import module as torch_module
 
-__all__ = ['all_modules', 'has_hooks']
+__all__ = ['all_modules', 'has_hooks', 'is_transformed']
 
 
 def all_modules(root: nn.Module) -> Iterator[nn.Module]:
@@ -27,3 +29,13 @@ def _has_global_hooks() -> bool:
     return bool(
         torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks
         or torch_module._global_backward_hooks or torch_module._global_backward_pre_hooks)
+
+
+def is_transformed(x: torch.Tensor) -> bool:
+    """Whether operations on x are compiled, traced, differentiated forward or under a transform of torch.func."""
+    return (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or isinstance(x, torch.fx.Proxy)
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0)

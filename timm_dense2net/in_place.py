@@ -10,9 +10,8 @@ from typing import Callable, Iterable, Optional, Sequence
 
 import torch
 import torch.nn as nn
-from torch.autograd import forward_ad
 
-from .hooks import all_modules, has_hooks
+from .hooks import all_modules, has_hooks, is_transformed
 
 # Bytes of features that a block works on at a time on a CPU, for each of torch's threads.
 CACHE_BYTES = 4 << 20
@@ -26,11 +25,7 @@ UNFOLDED_PIXELS = 1024
 def is_recorded(x: torch.Tensor) -> bool:
     """Whether operations on x are traced, differentiated, autocast or without memory, so that none may be in place."""
     return (
-        torch.compiler.is_compiling()
-        or torch.jit.is_tracing()
-        or isinstance(x, torch.fx.Proxy)
-        or torch._C._are_functorch_transforms_active()
-        or forward_ad._current_level >= 0
+        is_transformed(x)
         or x.is_meta
         or (torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type))
         or (torch.is_grad_enabled() and x.requires_grad))

@@ -30,11 +30,11 @@ from typing import Any, Iterator, List, NamedTuple, Optional, Sequence, Tuple, U
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.autograd import Function, forward_ad
+from torch.autograd import Function
 
 from timm.layers import BatchNormAct2d
 
-from .hooks import has_hooks
+from .hooks import has_hooks, is_transformed
 from .memory_pool import MemoryPool, pool_of
 
 __all__ = [
@@ -67,12 +67,10 @@ def set_training_form(enable: bool = True) -> None:
 @torch.jit.ignore
 def has_training_form(module: nn.Module, x: torch.Tensor) -> bool:
     """Whether a block or transition can run on x (N, C, H, W) in the training form: eagerly, on what that covers."""
-    if not _enabled or torch.compiler.is_compiling() or torch.jit.is_tracing() or isinstance(x, torch.fx.Proxy):
+    # Autograd functions with buffers go neither under torch.func nor forward.
+    if not _enabled or is_transformed(x):
         return False
     if not module.training or x.device.type not in ('cpu', 'cuda') or x.numel() <= x.shape[1]:
-        return False
-    # Autograd functions with buffers go neither under torch.func nor forward.
-    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return False
     params_dtype = torch.promote_types(x.dtype, torch.float32)
     autocasts = torch.is_autocast_enabled(x.device.type)
