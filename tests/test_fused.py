@@ -249,6 +249,16 @@ def test_gradient_reaches_the_input():
     assert not fused(images(2, 3, 32, 32, dtype=torch.float64)).isnan().any()  # grad mode on, nothing to differentiate
 
 
+def test_weights_that_are_trained_all_the_same():
+    fused = reparameterize_model(create(dtype=torch.float64))
+    x = images(2, 3, 32, 32, dtype=torch.float64)
+    logits = fused(x)
+    fused.requires_grad_(True)
+    torch.testing.assert_close(fused(x), logits)
+    fused(x).sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in fused.parameters())
+
+
 @pytest.mark.parametrize('kwargs', [dict(act_layer='silu'), dict(norm_layer='layernorm2d')])
 def test_other_layers_stay_plain(kwargs):
     torch.manual_seed(0)

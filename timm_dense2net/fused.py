@@ -215,8 +215,10 @@ class FusedDenseBlock(nn.ModuleDict):
 
     @torch.jit.ignore
     def runs_in_place(self, x: torch.Tensor) -> bool:
-        """Whether nothing records what is done to x, and the matrices are those of torch, not quantized ones."""
-        return not is_recorded(x) and all(
+        """Whether nothing records what is done to x or to the weights, which are those of torch, not quantized ones."""
+        if is_recorded(x) or torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters()):
+            return False
+        return all(
             type(m) in (nn.Linear, nn.Identity) for layer in self.values() for m in (layer.conv1.linear, layer.conv3))
 
 
