@@ -14,15 +14,14 @@ import logging
 import signal
 import sys
 
-import torch
-from timm.utils import random_seed, setup_default_logging
+from timm.utils import setup_default_logging
 
-from timm_dense2net.build import build_data, build_loader, build_model, build_trained, weights_metadata
+from timm_dense2net.build import build_data, build_loader, build_trained, build_trainer
 from timm_dense2net.distributed import Processes, start_processes
 from timm_dense2net.engine import autocast_factory, evaluate
 from timm_dense2net.options import parse_args
 from timm_dense2net.runs import RunFolder, read_resumed_state, write_run_results
-from timm_dense2net.trainer import Interrupted, Trainer, TrainingError
+from timm_dense2net.trainer import Interrupted, TrainingError
 
 _logger = logging.getLogger('train')
 
@@ -31,23 +30,12 @@ def train(args: argparse.Namespace, processes: Processes) -> None:
     """Trains a run, or goes on with it, and writes its results."""
     state = read_resumed_state(args, processes)
     data = build_data(args)
-    # The same first weights in every process, then each its own random numbers.
-    random_seed(args.seed)
-    model = build_model(args, data.train, with_weights=state is None).to(processes.device)
-    model = model.to(memory_format=torch.channels_last) if args.channels_last else model
-    random_seed(args.seed, processes.rank)
-    train_loader = build_loader(args, data.train, data, processes, train=True)
-    eval_loader = build_loader(args, data.validation, data, processes)
-    # Made last, so that a mistake in the arguments leaves no folder behind.
-    folder = None
-    if processes.primary:
-        folder = RunFolder(args, start_epoch=state['position']['epoch'] if state else 0)
-    metadata = weights_metadata(args, data, model)
-    trainer = Trainer(args, model, train_loader, eval_loader, folder, metadata, processes)
+    trainer = build_trainer(args, data, processes, state)
     if state is not None:
-        trainer.load_state_dict(state)
         _logger.info(f'Going on after {trainer.epoch} epochs and {trainer.batches_done} batches.')
-    trainer.fit()
+    # Made last, so that a mistake in the arguments leaves no folder behind.
+    folder = RunFolder(args, start_epoch=trainer.epoch) if processes.primary else None
+    trainer.fit(folder)
     if folder is not None:
         result = write_run_results(args, data, trainer)
         _logger.info(

@@ -124,6 +124,11 @@ def test_images_of_different_sizes_are_resized_as_timm_evaluates(tmp_path):
     transform = create_transform(16, interpolation='bicubic', crop_pct=1., mean=(0.,) * 3, std=(1.,) * 3)
     expected = transform(Image.open(tmp_path / 'train' / 'a' / '0.png'))
     assert torch.equal(arrays.images[0], (expected * 255).round().to(torch.uint8))
+    config = dict(interpolation='bilinear', crop_pct=0.5, crop_mode='squash')
+    cropped = load_arrays(root, 'train', img_size=16, **config)
+    for index, path in ((0, tmp_path / 'train' / 'a' / '0.png'), (3, tmp_path / 'train' / 'b' / '0.png')):
+        expected = create_transform(16, mean=(0.,) * 3, std=(1.,) * 3, **config)(Image.open(path))
+        assert torch.equal(cropped.images[index], (expected * 255).round().to(torch.uint8))
     same = np.asarray(Image.open(tmp_path / 'train' / 'b' / '2.png')).transpose(2, 0, 1)
     assert np.array_equal(arrays.images[5].numpy(), same)
 
@@ -285,6 +290,8 @@ def test_parquet_columns_by_name(tmp_path):
         load_arrays(f'hfds/{tmp_path}/set', 'train', input_key='picture', **kwargs)
     with pytest.raises(ValueError, match="no image of class 'y'"):
         load_arrays(f'hfds/{tmp_path}/set', 'train', target_key='coarse_label', **kwargs)
+    with pytest.raises(ValueError, match="column 'fine_label' holds no images"):
+        load_arrays(f'hfds/{tmp_path}/set', 'train', input_key='fine_label', **kwargs)
 
 
 def test_labels_that_are_no_indices_are_named(tmp_path):
@@ -362,6 +369,10 @@ def test_whole_cifar100_is_told_from_part_of_it():
     check_images(arrays.subset(range(200)), 'somewhere', 'test')
     with pytest.raises(ValueError, match='cifar100/ test: has 9999 images, the whole of it has 10000'):
         check_images(arrays.subset(range(9999)), 'hfds/../cifar100/', 'test')
+    coarse = ImageArrays(arrays.images, arrays.labels % 20, arrays.class_names[:20])
+    check_images(coarse, 'torch/cifar100', 'test', own_labels=False)
+    with pytest.raises(ValueError, match='has 20 classes, cifar100 has 100'):
+        check_images(coarse, 'torch/cifar100', 'test')
     swapped = ImageArrays(arrays.images, arrays.labels.clone(), arrays.class_names)
     swapped.labels[3] = 4
     with pytest.raises(ValueError, match="has 99 images of class '3', it should have 100"):

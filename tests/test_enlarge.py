@@ -6,6 +6,7 @@ import torch
 import timm_dense2net  # noqa: F401
 from timm_dense2net.checkpoint import load_weights, save_weights
 from timm_dense2net.enlarge import load_all_but_stem, main
+from timm_dense2net.trained import load_trained
 
 
 def create(seed, **kwargs):
@@ -54,6 +55,10 @@ def test_command(tmp_path, capsys):
     model = timm.create_model('dense2net121d_s4', num_classes=100, checkpoint_path=str(output))
     assert torch.equal(model.classifier.weight, small.classifier.weight)
     assert load_weights(output)[1]['model'] == 'dense2net121d_s4'
+    save_weights(path, small.state_dict(), dict(model='dense2net121_s4', model_args='{"act_layer": "silu"}'))
+    assert main([str(path), '--model', 'dense2net121d_s4', '--output', str(output)]) == 0
+    assert isinstance(load_trained(checkpoint=output).model.features.norm5.act, torch.nn.SiLU)
+    capsys.readouterr()
     for argv, message in (
             ([str(path), '--model', 'dense2net121_s4'], 'has no stem for larger images'),
             ([str(path), '--model', 'dense2net121d_s8'], 'of other blocks'),

@@ -7,6 +7,7 @@ import timm
 import torch
 from PIL import Image
 from torch import nn
+from training_runs import run_here
 
 from timm_dense2net import evaluate as evaluate_module
 from timm_dense2net.checkpoint import save_weights
@@ -79,6 +80,17 @@ def test_evaluate_refuses_other_classes(folder):
     model.num_classes = 3
     with pytest.raises(ValueError, match='colour has 3 classes, the data 2'):
         evaluate(trained_colour(model=model), arrays)
+
+
+def test_the_trainer_evaluates_the_same_and_refuses_the_same(folder, tmp_path, capsys):
+    path = tmp_path / 'model.safetensors'
+    save_model(path, **full_metadata())
+    assert main(['--checkpoint', str(path), '--dataset', str(folder), '--device', 'cpu']) == 0
+    top1 = capsys.readouterr().out.partition(' %')[0]
+    call = ['--eval-only', '--checkpoint', path, '--dataset', folder, '--device', 'cpu']
+    assert run_here(call) == 0 and f'test {top1}, ' in capsys.readouterr().out
+    save_model(path, **full_metadata(class_names='["red", "green"]'))
+    assert run_here(call) == 1 and "class 0 is 'red'" in capsys.readouterr().err
 
 
 def test_flip_average_is_the_mean_of_both_directions():
@@ -261,6 +273,13 @@ def test_trained_models_carry_what_their_file_says(tmp_path):
     save_model(path, **full_metadata(model_args='{"growth": 12}'))
     with pytest.raises(ValueError, match=f"does not fit {MODEL}: .* unexpected keyword argument 'growth'"):
         load_trained(checkpoint=path)
+
+
+def test_a_model_of_several_classifiers(tmp_path):
+    path = tmp_path / 'model.safetensors'
+    model = timm.create_model('levit_128s', num_classes=2)
+    save_weights(path, model.state_dict(), dict(model='levit_128s'))
+    assert load_trained(checkpoint=path).model.num_classes == 2
 
 
 def test_a_converted_model_is_converted_again(tmp_path):

@@ -177,6 +177,13 @@ def test_export_that_takes_fewer_sizes_leaves_no_file(tmp_path, capsys):
     assert not os.listdir(output.parent)
 
 
+def test_a_model_of_one_size_is_refused(tmp_path, capsys):
+    save_weights(tmp_path / 'W', timm.create_model('test_vit').state_dict(), dict(model='test_vit'))
+    assert main(['--checkpoint', str(tmp_path / 'W'), '--output', str(tmp_path / 'x.onnx')]) == 1
+    assert 'takes images of one size only' in capsys.readouterr().err
+    assert os.listdir(tmp_path) == ['W']
+
+
 @pytest.mark.parametrize('args, code, message', [
     (['--output', 'x.onnx'], 2, 'name a model or a checkpoint'),
     (['--model', 'dense2net121_s99', '--output', 'x.onnx'], 2, 'dense2net121_s99'),

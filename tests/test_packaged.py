@@ -118,6 +118,17 @@ def test_weights_that_fit_no_name_are_not_packaged(changed, message, tmp_path, m
     assert not (tmp_path / 'weights').exists()
 
 
+def test_the_weights_that_the_run_tested_are_packaged(tmp_path, monkeypatch):
+    metadata = dict(model=NAME, num_classes='100', model_args='{}', class_names=json.dumps(CIFAR100_CLASSES))
+    for name in ('last', 'best'):
+        save_weights(tmp_path / f'{name}.safetensors', timm.create_model(NAME).state_dict(), metadata | dict(epoch=name))
+    monkeypatch.setattr(packaged, 'WEIGHTS_DIR', tmp_path / 'weights')
+    monkeypatch.setattr(packaged, 'SUMS_FILE', tmp_path / 'weights' / 'SHA256SUMS')
+    assert load_weights(packaged.package_run(tmp_path, 'quick'))[1]['epoch'] == 'last'
+    (tmp_path / 'result.json').write_text('{"tested": "best"}')
+    assert load_weights(packaged.package_run(tmp_path, 'quick'))[1]['epoch'] == 'best'
+
+
 @pytest.mark.skipif(not CIFAR100.is_dir(), reason='needs ../shared/cifar100, the CIFAR-100 parquet files')
 def test_test_split_accuracy_is_that_of_the_table(tmp_path):
     with open(ROOT / 'results' / 'results.csv', newline='') as f:

@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 from timm.utils import update_summary
 
 import timm_dense2net  # noqa: F401
-from timm_dense2net.checkpoint import save_weights
+from timm_dense2net.checkpoint import load_weights, save_weights
 from timm_dense2net.classes import CIFAR100_CLASSES
 from timm_dense2net.hub import DIGEST_KEY, sha256_of
 from timm_dense2net.options import build_parser, load_recipe, saved_args
@@ -42,7 +42,8 @@ def make_run(folder, num_classes=100, names=CIFAR100_CLASSES):
     model = timm.create_model(MODEL, num_classes=num_classes)
     save_weights(run / 'last.safetensors', model.state_dict(), dict(
         model=MODEL, model_args='{}', num_classes=str(num_classes), input_size='[3, 32, 32]',
-        mean='[0.5, 0.4, 0.3]', std='[0.3, 0.2, 0.1]', class_names=json.dumps(names)))
+        mean='[0.5, 0.4, 0.3]', std='[0.3, 0.2, 0.1]', class_names=json.dumps(names),
+        args=json.dumps(dict(model=MODEL))))
     args = saved_args(build_parser().parse_args([])) | dict(
         model=MODEL, dataset='hfds//home/somebody/cifar100', data_dir='/home/somebody/data', seed=7, lr=0.2)
     (run / 'args.yaml').write_text(yaml.safe_dump(args))
@@ -236,6 +237,19 @@ def test_nothing_of_the_machine_and_no_pickle_is_published(run):
     recipe = load_recipe(str(folder / 'recipe.yaml'))
     assert recipe['lr'] == 0.2 and recipe['dataset'] == 'hfds/uoft-cs/cifar100' and 'data_dir' not in recipe
     assert json.loads((folder / 'config.json').read_text())[DIGEST_KEY] == sha256_of(folder / 'model.safetensors')
+
+
+def test_what_the_run_began_with_is_published(run):
+    weights, metadata = load_weights(run / 'last.safetensors')
+    first = 'vit_base_patch16_224.mae'  # as far as publishing goes
+    save_weights(run / 'last.safetensors', weights, metadata | dict(args=json.dumps(dict(model=first))))
+    args = yaml.safe_load((run / 'args.yaml').read_text())
+    (run / 'args.yaml').write_text(yaml.safe_dump(args | dict(model=first, pretrained=True, dataset='hfds/them/birds')))
+    folder = write_hub_folder(run, REPO, run / 'hub')
+    recipe = load_recipe(str(folder / 'recipe.yaml'))
+    assert (recipe['model'], recipe['dataset']) == (first, 'hfds/them/birds')
+    card = (folder / 'README.md').read_text()
+    assert yaml.safe_load(card.split('---\n')[1])['license'] == 'cc-by-nc-4.0' and 'weights: cc-by-nc-4.0' in card
 
 
 def test_altered_local_weights_are_noticed(run):

@@ -129,6 +129,25 @@ def test_what_a_run_was_given_beyond_its_recipe_is_told(tmp_path):
     assert row.title == '`deck_s8` `drop_path=0.1` `epochs=3` `lr=0.05`'
 
 
+def test_runs_of_no_packaged_recipe_tell_what_they_were_given(tmp_path):
+    defaults = vars(build_parser().parse_args([]))
+    bare = read_run(make_run(tmp_path, 'bare', dict(defaults, lr=0.3), recipe=None))
+    assert (bare.recipe, bare.overrides) == ('', 'lr=0.3')
+    file = tmp_path / 'mine.yaml'
+    file.write_text('lr: 0.3\n')
+    own = make_run(tmp_path, 'own', dict(defaults, lr=0.3, epochs=7), recipe=str(file))
+    assert (read_run(own).recipe, read_run(own).overrides) == ('mine.yaml', 'epochs=7')
+    file.unlink()
+    assert read_run(own).overrides == 'epochs=7 lr=0.3'
+
+
+def test_other_first_weights_are_told(tmp_path):
+    args = dict(load_recipe('short_ft'), model='dense2net121_s8.short_ft_c100')
+    assert read_run(make_run(tmp_path, 'same', recipe='short_ft')).overrides == ''
+    assert read_run(make_run(tmp_path, 'other', args, recipe='short_ft')).overrides == (
+        'model=dense2net121_s8.short_ft_c100')
+
+
 def test_the_global_batch_is_what_counts(tmp_path):
     four = read_run(make_run(tmp_path, 'four', dict(batch_size=32), world_size=4))
     half = read_run(make_run(tmp_path, 'half', dict(batch_size=32), world_size=2))

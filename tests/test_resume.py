@@ -1,5 +1,6 @@
 """A run that is killed, stopped or finds its files damaged goes on to the same end, bit for bit."""
 import ctypes
+import math
 import os
 import random
 import resource
@@ -228,6 +229,14 @@ def test_resume_may_last_longer_but_not_learn_otherwise(tmp_path, reference, cap
 def test_run_that_is_there_is_not_overwritten(tmp_path, reference, capsys):
     assert run_here(arguments(reference.parent)) == 1
     assert 'already holds a run' in capsys.readouterr().err
+
+
+def test_schedule_goes_on_by_epochs_where_the_batch_is_another(tmp_path):
+    more = ['--sched', 'cosine', '--sched-on-updates', '--no-model-ema']
+    assert finish(start(arguments(tmp_path, *more, '--epochs', '2'), tmp_path / 'log')) == 0
+    assert finish(start(['--resume', str(tmp_path / 'run'), '--epochs', '4', '-b', '64'], tmp_path / 'log')) == 0
+    rates = [float(row['lr']) for row in read_summary_rows(tmp_path / 'run')]
+    assert rates[2:] == pytest.approx([0.025 * (1 + math.cos(0.75 * math.pi)), 0.], abs=1e-6)
 
 
 @pytest.mark.parametrize('path, message', [('nowhere', 'no run is there'), ('.', 'no run is there')])

@@ -109,6 +109,9 @@ def test_trial_arguments():
     assert args.model_kwargs == dict(bn_size=2, growth_rate=32, scale=4, cardinality=8)
     args = trial_args(base, suggested(sched='plateau', decay_rate=0.5))
     assert args.sched == 'plateau' and args.warmup_epochs == 0 and not args.sched_on_updates
+    values = dict(sched='multistep', decay_rate=0.1, growth_rate=32, scale=4, cardinality=1, opt='sgd', lr=0.1)
+    args = trial_args(base, SearchSpace(scheds=('multistep',)).suggest(FixedTrial(values)))
+    assert (args.decay_milestones, args.decay_rate) == ([4, 6], 0.1)
     args = trial_args(base, suggested(opt='adamw', lr_adaptive=0.002))
     assert (args.opt, args.lr) == ('adamw', 0.002)
     assert base.model_kwargs == dict(bn_size=2) and base.sched == 'cosine'

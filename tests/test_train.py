@@ -18,6 +18,7 @@ from timm_dense2net.checkpoint import load_weights, save_weights
 from timm_dense2net.distributed import Processes
 from timm_dense2net.engine import TrainLoss, TrainStep, evaluate, predict
 from timm_dense2net.options import parse_args
+from timm_dense2net.trained import load_trained
 
 
 def linear_model():
@@ -162,6 +163,8 @@ def test_evaluation_only(tmp_path, capsys):
     assert run_here(['--eval-only', '--checkpoint', tmp_path, '--dataset', 'digits']) == 1
     assert 'no weights at' in capsys.readouterr().err
     weights, metadata = load_weights(folder / 'last.safetensors')
+    # As it was trained and tested; the model's own would be 0.95.
+    assert load_trained(checkpoint=folder).data_config['crop_pct'] == 1.
     del metadata['model']
     save_weights(tmp_path / 'nameless.safetensors', weights, metadata)
     evaluation = ['--eval-only', '--checkpoint', tmp_path / 'nameless.safetensors', '--dataset', 'digits']
@@ -277,6 +280,8 @@ def test_initial_checkpoint(tmp_path, capsys):
     (['--clip-grad', '-1'], ['--clip-grad must be above 0', '-1']),
     (['--momentum', '2'], ['--momentum must be in [0, 1)', '2']),
     (['--layer-decay', '0'], ['--layer-decay must be in (0, 1]', '0']),
+    (['--layer-decay', '0.9', '--sched', 'none'], ['--layer-decay', '--sched constant']),
+    (['--decay-epochs', '90', '--sched', 'wsd'], ['wsd', '90']),
     (['--model-ema-decay', '3'], ['--model-ema-decay must be in [0, 1)', '3']),
     (['--model-kwargs', 'foo'], ['--model-kwargs takes KEY=VALUE', "'foo'"]),
     (['--model', 'dense2net40_k12_s4', '--model-kwargs', 'act_layer=foo'], ["unknown act_layer 'foo'", 'relu']),
@@ -311,7 +316,7 @@ def test_ema_follows_timm():
         def epoch(self, epoch, start_step=0):
             return iter(data[start_step:])
 
-    trainer = Trainer(args, model, Loader(), Loader(), None, {}, Processes(torch.device('cpu')))
+    trainer = Trainer(args, model, Loader(), Loader(), {}, Processes(torch.device('cpu')))
     expected_model = deepcopy(model)
     expected = ModelEmaV3(expected_model, decay=0.9998, use_warmup=True)
     optimizer = torch.optim.SGD(expected_model.parameters(), 0.1, momentum=0.9, weight_decay=1e-4)

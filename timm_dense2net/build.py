@@ -1,4 +1,4 @@
-"""Makes a run's data and model from its arguments, and tells of its surroundings."""
+"""Makes a run's data, model and trainer from its arguments, and tells of its surroundings."""
 from __future__ import annotations
 
 import argparse
@@ -6,7 +6,7 @@ import difflib
 import json
 import platform
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
@@ -18,24 +18,26 @@ import torch.nn as nn
 from safetensors import SafetensorError
 from timm.layers import convert_sync_batchnorm
 from timm.models import get_arch_name, is_model, list_models, load_checkpoint, split_model_name_tag
+from timm.utils import random_seed
 
 from .augment import AugmentConfig, ProgressiveResize
 from .checkpoint import load_weights
 from .convert import conversion_metadata, convert_res2net, load_converted, recorded_conversion
 from .data import (
-    BatchLoader, ImageArrays, ImageReader, check_same_classes, dataset_stats, hold_out_split, load_images)
+    PREPROCESSING, BatchLoader, ImageArrays, ImageReader, check_same_classes, dataset_stats, hold_out_split,
+    load_images)
 from .distributed import Processes
 from .hub import LOAD_ERRORS, one_line
 from .options import public_args, public_model_kwargs, saved_args
 from .start import freeze_stages, pretrained_overlay
-from .trained import load_trained, weights_config, weights_file
+from .trained import check_classes, load_trained, preprocessing_of, weights_config, weights_file
+from .trainer import Trainer
 from .version import __version__
 
 __all__ = [
-    'RunData', 'build_data', 'build_loader', 'build_model', 'build_trained', 'environment',
-    'weights_metadata',
+    'RunData', 'build_data', 'build_loader', 'build_model', 'build_trained', 'build_trainer', 'environment',
+    'source_commit', 'weights_metadata',
 ]
-
 
 # What models of a fixed size take in timm, so that they take others.
 _SIZE_KWARGS = frozenset(('img_size', 'dynamic_img_size', 'strict_img_size'))
@@ -62,10 +64,10 @@ class RunData:
     std: tuple[float, ...]
 
 
-def _load_split(args: argparse.Namespace, split: str) -> Images:
+def _load_split(args: argparse.Namespace, split: str, **preprocessing) -> Images:
     return load_images(
         args.dataset, split, data_dir=args.data_dir, download=args.dataset_download, num_classes=args.num_classes,
-        img_size=args.img_size, input_key=args.input_key, target_key=args.target_key)
+        img_size=args.img_size, input_key=args.input_key, target_key=args.target_key, **preprocessing)
 
 
 def build_data(args: argparse.Namespace) -> RunData:
@@ -244,6 +246,31 @@ def _progressive_resize(args: argparse.Namespace) -> ProgressiveResize | None:
     return ProgressiveResize(args.initial_img_size, args.full_size_epoch) if args.initial_img_size else None
 
 
+def build_trainer(
+        args: argparse.Namespace,
+        data: RunData,
+        processes: Processes,
+        state: Mapping[str, Any] | None = None,
+        trainer_class: type[Trainer] = Trainer,
+) -> Trainer:
+    """The trainer of a run at its beginning, or where it was when `state` was taken.
+
+    Raises:
+        ValueError: If the arguments, the data, the model and the state do not fit each other.
+    """
+    # The same first weights in every process, then each its own random numbers.
+    random_seed(args.seed)
+    model = build_model(args, data.train, with_weights=state is None).to(processes.device)
+    model = model.to(memory_format=torch.channels_last) if args.channels_last else model
+    random_seed(args.seed, processes.rank)
+    trainer = trainer_class(
+        args, model, build_loader(args, data.train, data, processes, train=True),
+        build_loader(args, data.validation, data, processes), weights_metadata(args, data, model), processes)
+    if state is not None:
+        trainer.load_state_dict(state)
+    return trainer
+
+
 def build_trained(args: argparse.Namespace) -> tuple[nn.Module, RunData]:
     """The model that `--eval-only` names with its weights, and the test split.
 
@@ -257,7 +284,8 @@ def build_trained(args: argparse.Namespace) -> tuple[nn.Module, RunData]:
     _, height, width = trained.data_config['input_size']
     if args.img_size is None and height == width:
         args.img_size = height
-    test = _load_split(args, 'test')
+    test = _load_split(args, 'test', **preprocessing_of(trained.data_config))
+    check_classes(trained, test)
     mean, std = _stats_of_channels(
         args, trained.data_config['mean'], trained.data_config['std'], test.image_shape[0])
     return trained.model, RunData(None, test, test, mean, std)
@@ -277,6 +305,7 @@ def weights_metadata(args: argparse.Namespace, data: RunData, model: nn.Module) 
         input_size=json.dumps(data.train.image_shape),
         mean=json.dumps(data.mean),
         std=json.dumps(data.std),
+        **{key: str(value) for key, value in PREPROCESSING.items()},
         dataset=arguments['dataset'],
         class_names=json.dumps(data.train.class_names),
         args=json.dumps(arguments),
@@ -285,14 +314,13 @@ def weights_metadata(args: argparse.Namespace, data: RunData, model: nn.Module) 
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """Hardware, library versions and the source's commit."""
+    """Hardware and library versions."""
     return dict(
         hardware=torch.cuda.get_device_name(device) if device.type == 'cuda' else _cpu_name(),
         threads=torch.get_num_threads(),
         versions=dict(
             python=platform.python_version(), torch=torch.__version__, timm=timm.__version__,
             timm_dense2net=__version__),
-        commit=_commit(),
     )
 
 
@@ -304,7 +332,7 @@ def _cpu_name() -> str:
         return platform.processor() or platform.machine()
 
 
-def _commit() -> str | None:
+def source_commit() -> str | None:
     """The commit of a source checkout; None for an installed package."""
     root = Path(__file__).resolve().parents[1]
     if not (root / '.git').exists():

@@ -62,7 +62,7 @@ def class_activation_maps(model: nn.Module, image: torch.Tensor, class_index: in
     contributions = {module: outputs[module].detach() * gradients[module] for module in outputs}
     by_block = tuple(_enlarge(contributions[block].sum(1, keepdim=True), size) for block in blocks)
     scale = hierarchies[0].scale if hierarchies else 0
-    by_scale = [torch.zeros(size) for _ in range(scale)]
+    by_scale = [image.new_zeros(size) for _ in range(scale)]
     for module in hierarchies:
         for i, split in enumerate(contributions[module].split(module.width, 1)):
             by_scale[i] += _enlarge(split.sum(1, keepdim=True), size)

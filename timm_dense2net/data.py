@@ -49,6 +49,9 @@ _SPLIT_NAMES = {
     'test': ('test', 'validation', 'val', 'valid', 'eval', 'evaluation'),
 }
 
+# Columns of labels, in the order in which they are looked for.
+_LABEL_COLUMNS = ('fine_label', 'label')
+
 # Data sets of more bytes than this, as uint8, are read from where they are.
 _MEMORY_LIMIT = 4 << 30
 
@@ -57,6 +60,9 @@ _MEMORY_LIMIT = 4 << 30
 _GROUP_PIXELS = 1 << 21
 
 _STATS_SAMPLE = 5000
+
+# How images are resized that are trained on: all of them is kept that a square holds.
+PREPROCESSING = dict(interpolation='bicubic', crop_pct=1.0, crop_mode='center')
 
 # First words of the entropy of each random stream. numpy takes (1, 2) and (1, 2, 0) for the same seed, so streams of
 # different length need different first words.
@@ -100,9 +106,10 @@ class ImageReader(Dataset):
     Args:
         source: Map-style data set of timm or torchvision that gives PIL images.
         name: For messages.
-        img_size: Side in pixels that every image is resized and centre-cropped to, as timm does for evaluation with
-            ``crop_pct=1``; None where the images have one size.
+        img_size: Side in pixels that every image is resized and centre-cropped to, as timm does for evaluation; None
+            where the images have one size.
         indices: Those of the images that are part of it; None for all.
+        **preprocessing: timm's ``interpolation``, ``crop_pct`` and ``crop_mode``, in place of ``PREPROCESSING``'s.
     """
 
     def __init__(
@@ -111,10 +118,12 @@ class ImageReader(Dataset):
             name: str,
             img_size: int | None = None,
             indices: np.ndarray | None = None,
+            **preprocessing,
     ) -> None:
         self.source = source
         self.name = name
         self.img_size = img_size
+        self.preprocessing = PREPROCESSING | preprocessing
         self.indices = np.arange(len(source)) if indices is None else indices
         if len(self.indices) == 0:
             raise ValueError(f'{name}: holds no image.')
@@ -123,8 +132,7 @@ class ImageReader(Dataset):
         self.labels = torch.from_numpy(labels[self.indices])
         self.transform = None
         if img_size is not None:
-            self.transform = create_transform(
-                (3, img_size, img_size), interpolation='bicubic', crop_pct=1., use_prefetcher=True)
+            self.transform = create_transform((3, img_size, img_size), use_prefetcher=True, **self.preprocessing)
         self.image_shape = self[0][0].shape
 
     def __len__(self) -> int:
@@ -136,7 +144,8 @@ class ImageReader(Dataset):
 
     def subset(self, indices: torch.Tensor | np.ndarray | Sequence[int]) -> ImageReader:
         """The images of the given indices, in that order."""
-        return ImageReader(self.source, self.name, self.img_size, self.indices[np.asarray(indices)])
+        return ImageReader(
+            self.source, self.name, self.img_size, self.indices[np.asarray(indices)], **self.preprocessing)
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
         """One image, uint8, C x H x W, and its label.
@@ -145,7 +154,8 @@ class ImageReader(Dataset):
             ValueError: It cannot be decoded, or has another size than the first and ``img_size`` is not given.
         """
         image = self._decode(int(self.indices[index]))
-        if self.transform is not None and image.size != (self.img_size, self.img_size):
+        as_it_is = image.size == (self.img_size, self.img_size) and self.preprocessing['crop_pct'] == 1
+        if self.transform is not None and not as_it_is:
             array = np.asarray(self.transform(image))
         else:
             array = np.array(image).transpose(2, 0, 1)
@@ -220,6 +230,7 @@ def load_images(
         target_key: str | None = None,
         class_map: str | dict = '',
         memory_limit: int | None = _MEMORY_LIMIT,
+        **preprocessing,
 ) -> ImageArrays | ImageReader:
     """Open one split of a data set through timm, and decode all of it where it fits in memory.
 
@@ -230,12 +241,13 @@ def load_images(
         data_dir: Root folder of the data, or the cache folder of a Hugging Face data set.
         download: Fetch a ``torch/`` data set that is not there.
         num_classes: Number of classes that the data must have.
-        img_size: Side in pixels that every image is resized and centre-cropped to, as timm does for evaluation with
-            ``crop_pct=1``. Not needed where the images are all of one size.
+        img_size: Side in pixels that every image is resized and centre-cropped to, as timm does for evaluation. Not
+            needed where the images are all of one size.
         input_key: Image column of a Hugging Face data set; found where not given.
         target_key: Label column of a Hugging Face data set; found where not given, ``fine_label`` before ``label``.
         class_map: timm's class map, class name to index.
         memory_limit: Bytes that the decoded images may take; None for any number.
+        **preprocessing: timm's ``interpolation``, ``crop_pct`` and ``crop_mode``, in place of ``PREPROCESSING``'s.
 
     Returns:
         The images and labels of the split, checked by :func:`check_images`.
@@ -252,10 +264,11 @@ def load_images(
         source = open_dataset(
             dataset, split, data_dir=data_dir, download=download,
             input_key=input_key, target_key=target_key, class_map=class_map)
-        images = ImageReader(source, f'{dataset or data_dir} {split}', img_size)
+        images = ImageReader(source, f'{dataset or data_dir} {split}', img_size, **preprocessing)
         if memory_limit is None or fits_in_memory(len(images), images.image_shape, memory_limit):
             images = images.decode()
-    check_images(images, dataset, split, num_classes)
+    own_labels = target_key in (None, *_LABEL_COLUMNS)
+    check_images(images, dataset, split, num_classes, own_labels)
     return images
 
 
@@ -318,7 +331,7 @@ def _open_hfds(
         target_key: str | None,
         class_map: str | dict,
 ) -> Dataset:
-    datasets = _optional_package('datasets', dataset)
+    datasets, pyarrow = _optional_package('datasets', dataset), _optional_package('pyarrow', dataset)
     name = dataset.partition('/')[2]
     try:
         splits = datasets.load_dataset(name, cache_dir=cache_dir)
@@ -331,12 +344,14 @@ def _open_hfds(
             root=cache_dir,
             split=found,
             input_key=_find_column(dataset, features, input_key, ('img', 'image'), datasets.Image),
-            target_key=_find_column(dataset, features, target_key, ('fine_label', 'label'), datasets.ClassLabel),
+            target_key=_find_column(dataset, features, target_key, _LABEL_COLUMNS, datasets.ClassLabel),
             class_map=class_map,
         )
     except (FileNotFoundError, ConnectionError) as error:
         raise FileNotFoundError(f'{dataset}: {error}') from error
-    except (datasets.exceptions.DatasetGenerationError, _optional_package('pyarrow', dataset).ArrowInvalid) as error:
+    except pyarrow.ArrowNotImplementedError as error:  # of a cast
+        raise ValueError(f'{dataset}: column {input_key!r} holds no images: {error}') from error
+    except (datasets.exceptions.DatasetGenerationError, pyarrow.ArrowInvalid) as error:
         reason = _damaged_parquet(name) or str(error.__cause__ or error)
         raise ValueError(f'{dataset}: damaged: {" ".join(reason.split())}') from error
 
@@ -412,6 +427,7 @@ def check_images(
         dataset: str = '',
         split: str = '',
         num_classes: int | None = None,
+        own_labels: bool = True,
 ) -> None:
     """Check that a split is whole.
 
@@ -424,6 +440,7 @@ def check_images(
         dataset: Name or path it came from.
         split: ``'train'`` or ``'test'``.
         num_classes: Number of classes it must have.
+        own_labels: Whether the labels are those that the data set is known by.
 
     Raises:
         ValueError: It is not; the message names the numbers.
@@ -441,19 +458,19 @@ def check_images(
                          f'from 0 to {images.num_classes - 1}.')
     counts = torch.bincount(images.labels, minlength=images.num_classes)
     known = _known_name(dataset)
+    if int(counts.min()) == 0 and (known is None or not own_labels):
+        raise ValueError(f'{name}: no image of class {images.class_names[int(counts.argmin())]!r}.')
     if known is None:
-        if int(counts.min()) == 0:
-            raise ValueError(f'{name}: no image of class {images.class_names[int(counts.argmin())]!r}.')
         return
 
     classes, *sizes = _KNOWN_SIZES[known]
     expected = sizes[0] if split == 'train' else sizes[1]
     if len(images) != expected:
         raise ValueError(f'{name}: has {len(images)} images, the whole of it has {expected}.')
-    if images.num_classes != classes:
+    if own_labels and images.num_classes != classes:
         raise ValueError(f'{name}: has {images.num_classes} classes, {known} has {classes}.')
     worst = int((counts - expected // classes).abs().argmax())
-    if int(counts[worst]) != expected // classes:
+    if own_labels and int(counts[worst]) != expected // classes:
         raise ValueError(f'{name}: has {int(counts[worst])} images of class {images.class_names[worst]!r}, '
                          f'it should have {expected // classes}.')
     if split == 'train' and isinstance(images, ImageArrays):

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import sys
 from collections.abc import Mapping
@@ -16,6 +17,7 @@ from timm.models import list_models
 
 from .checkpoint import load_weights, save_weights
 from .dense2net import Dense2Net
+from .trained import weights_file
 
 __all__ = ['load_all_but_stem', 'main']
 
@@ -57,14 +59,19 @@ def _enlarge(path: Path, name: str, output: Path, num_classes: int | None) -> st
     if name not in list_models('dense2net*d_*', module='dense2net'):
         known = ', '.join(list_models('dense2net*d_*', module='dense2net'))
         raise ValueError(f"--model {name} has no stem for larger images: it must be one of {known}")
-    weights, metadata = load_weights(path / 'last.safetensors' if path.is_dir() else path)
+    weights, metadata = load_weights(weights_file(path))
     if num_classes is None:
         num_classes = len(weights['classifier.bias']) if 'classifier.bias' in weights else 0
-    model = timm.create_model(name, num_classes=num_classes)
+    model_args = metadata.get('model_args', '{}')
+    try:
+        model = timm.create_model(name, num_classes=num_classes, **json.loads(model_args))
+    except TypeError as e:
+        raise ValueError(f'--model {name} does not take the arguments {model_args} of {path}: {e}') from e
     left = load_all_but_stem(model, weights)
     has_classifier = num_classes > 0 and 'classifier.bias' not in left
     kept = {key: metadata[key] for key in ('class_names', 'dataset') if key in metadata and has_classifier}
-    save_weights(output, model.state_dict(), dict(kept, model=name, model_args='{}', num_classes=str(num_classes)))
+    kept |= dict(model=name, model_args=model_args, num_classes=str(num_classes))
+    save_weights(output, model.state_dict(), kept)
     return f'{output}: {len(model.state_dict()) - len(left)} tensors from {path}, new: {", ".join(left)}'
 
 

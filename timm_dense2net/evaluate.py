@@ -26,7 +26,7 @@ from .data import BatchLoader, ImageArrays, load_arrays
 from .distributed import start_processes
 from .engine import predict
 from .results import expected_calibration_error, fit_temperature, replace_file
-from .trained import TrainedModel, load_trained
+from .trained import TrainedModel, check_classes, load_trained, preprocessing_of
 
 __all__ = ['CORRUPTIONS', 'FlipAverage', 'corrupt', 'cross_fit_calibration', 'evaluate', 'main']
 
@@ -129,17 +129,6 @@ def cross_fit_calibration(logits: torch.Tensor, targets: torch.Tensor, seed: int
         temperatures=temperatures)
 
 
-def _check_classes(trained: TrainedModel, arrays: ImageArrays) -> None:
-    if trained.model.num_classes != arrays.num_classes:
-        raise ValueError(f'{trained.name} has {trained.model.num_classes} classes, the data {arrays.num_classes}')
-    nameless = tuple(str(index) for index in range(arrays.num_classes))
-    if trained.class_names is None or arrays.class_names == nameless:
-        return
-    for index, names in enumerate(zip(trained.class_names, arrays.class_names)):
-        if names[0] != names[1]:
-            raise ValueError(f"class {index} is '{names[0]}' of {trained.name} and '{names[1]}' of the data")
-
-
 def evaluate(
         trained: TrainedModel,
         arrays: ImageArrays,
@@ -170,7 +159,7 @@ def evaluate(
     Raises:
         ValueError: If the model's classes are not the data's.
     """
-    _check_classes(trained, arrays)
+    check_classes(trained, arrays)
     model = trained.model.to(device)
     config = trained.data_config
     run = functools.partial(
@@ -270,7 +259,7 @@ def main(argv: list[str] | None = None) -> int:
         img_size = args.img_size or trained.data_config['input_size'][-1]
         arrays = load_arrays(
             args.dataset, 'test', data_dir=args.data_dir, img_size=img_size, input_key=args.input_key,
-            target_key=args.target_key)
+            target_key=args.target_key, **preprocessing_of(trained.data_config))
         figures = evaluate(
             trained, arrays, device=device, batch_size=args.batch_size, tta_flip=args.tta_flip,
             calibration=args.calibration, corruptions=args.corruptions, seed=args.seed)

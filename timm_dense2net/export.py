@@ -180,6 +180,8 @@ def export_model(trained: TrainedModel, output: Path, file_format: str, fuse: bo
         missing = [name for name in _ONNX_PACKAGES if find_spec(name) is None]
         if missing:
             raise ExportError(f"{', '.join(missing)} not installed (pip install -e '.[export]')")
+    if trained.model.pretrained_cfg.get('fixed_input_size'):
+        raise ExportError(f'{trained.name} takes images of one size only, and the files written here take any')
     channels, height, width = trained.data_config['input_size']
     # All three sizes differ from 1 and from each other: sizes that are equal in the example are taken for one.
     images = torch.zeros(2, channels, height + height // 8, width + width // 4)

@@ -162,7 +162,8 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument('--patience-epochs', type=int, default=10, metavar='N', help=(
         'plateau: epochs without a lower validation loss before the rate decays (%(default)s)'))
     group.add_argument('--decay-rate', type=float, default=0.1, metavar='RATE', help='factor of plateau, step, ...')
-    group.add_argument('--decay-epochs', type=float, default=90, metavar='N', help='step: epochs between decays')
+    group.add_argument('--decay-epochs', type=float, metavar='N', help=(
+        'step: epochs between decays (90); wsd, rsqrt: epochs of the decay, below 1 a part of all (0.2)'))
     group.add_argument('--decay-milestones', type=int, nargs='+', default=[90, 180, 270], metavar='N')
     group.add_argument('--cooldown-epochs', type=int, default=0, metavar='N', help=(
         "plateau: epochs after a decay that do not count; the others: epochs at --min-lr after the schedule's end"))
@@ -408,6 +409,8 @@ def check_args(args: argparse.Namespace) -> None:
     if args.sched == 'plateau' and (args.warmup_epochs or args.sched_on_updates):
         raise ValueError(
             '--sched plateau steps once an epoch and has no warm-up: leave out --warmup-epochs and --sched-on-updates')
+    if args.sched == 'none' and args.layer_decay not in (None, 1):
+        raise ValueError('--layer-decay is applied by the schedule: give --sched constant, not none')
     if args.warmup_epochs >= args.epochs and args.sched != 'none':
         raise ValueError(f'--warmup-epochs {args.warmup_epochs} leaves nothing of --epochs {args.epochs}')
     _check_progressive_resizing(args)

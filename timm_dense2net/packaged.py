@@ -1,6 +1,6 @@
 """Weights inside the package: half-precision safetensors under `weights/`, each with its SHA-256 in `SHA256SUMS`.
 
-    python -m timm_dense2net package RUN --recipe quick    adds the last weights of a run, as ARCH.quick_c100
+    python -m timm_dense2net package RUN --recipe quick    adds the weights that a run tested, as ARCH.quick_c100
 """
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def check_packaged(file: str) -> None:
 
 
 def package_run(run: Path, recipe: str) -> Path:
-    """Adds the last weights of a CIFAR-100 run in half precision, and their SHA-256.
+    """Adds the weights of a CIFAR-100 run that it tested in half precision, and their SHA-256.
 
     Args:
         run: Run folder.
@@ -86,8 +86,10 @@ def package_run(run: Path, recipe: str) -> Path:
         ValueError: If the weights are not for CIFAR-100's classes, do not say of which model they are, or that
             model was made with arguments or converted.
     """
-    from .convert import METADATA_KEY  # here, as convert imports the models and they this file
-    state_dict, metadata = load_weights(run / 'last.safetensors')
+    # Here, as these import the models and they this file.
+    from .convert import METADATA_KEY
+    from .trained import tested_weights
+    state_dict, metadata = load_weights(tested_weights(run))
     if 'model' not in metadata or metadata.get('num_classes') != '100':
         raise ValueError(f'{run}: expected weights of a named model with 100 classes, got {metadata}')
     if METADATA_KEY in metadata:
@@ -114,7 +116,7 @@ def main(argv: list[str] | None = None) -> int:
     """Runs the command; returns the exit code."""
     parser = argparse.ArgumentParser(
         prog='python -m timm_dense2net package',
-        description='Put the last weights of a CIFAR-100 run into the package.')
+        description='Put the weights of a CIFAR-100 run into the package.')
     parser.add_argument('run', type=Path, metavar='RUN', help='run folder')
     parser.add_argument('--recipe', required=True, metavar='NAME', help='first part of the tag, NAME_c100')
     args = parser.parse_args(argv)

@@ -12,19 +12,18 @@ import json
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import yaml
 from huggingface_hub import EvalResult, HfApi, ModelCardData, get_token
 from huggingface_hub.utils import HFValidationError, validate_repo_id
-from timm.models import save_for_hf
+from timm.models import get_pretrained_cfg, save_for_hf
 
 from .hub import DIGEST_KEY, HUB_ERRORS, WEIGHTS_FILE, explain_hub_error, sha256_of
 from .options import ARGS_FILE, public_args
 from .report import RunResult, read_run
-from .trained import TrainedModel, load_checkpoint_model
+from .trained import TrainedModel, load_checkpoint_model, tested_weights
 
 __all__ = ['PublishError', 'write_hub_folder', 'push_hub_folder', 'main']
 
@@ -78,8 +77,7 @@ def write_hub_folder(run: Path, repo_id: str, output: Path) -> Path:
     """
     try:
         result = read_run(run)
-        tested = json.loads((run / 'result.json').read_text(encoding='utf-8')).get('tested', 'last')
-        trained = load_checkpoint_model(run / f'{tested}.safetensors')
+        trained = load_checkpoint_model(tested_weights(run))
     except (ValueError, OSError) as e:
         raise PublishError(f'{run}: {e}') from e
     if output.exists() and not (output / 'config.json').is_file():
@@ -115,9 +113,9 @@ def _fill(folder: Path, run: Path, repo_id: str, result: RunResult, trained: Tra
         if (run / name).is_file():
             shutil.copyfile(run / name, folder / name)
     args = yaml.safe_load((run / ARGS_FILE).read_text(encoding='utf-8'))
-    public = public_args(args, trained.metadata['model'])
+    public = public_args(args, _first_model(trained))
     recipe = {name: value for name, value in public.items() if name not in _OWN_ARGS}
-    recipe['dataset'] = _dataset_name(args)
+    recipe['dataset'] = _dataset_name(public['dataset'])
     (folder / 'recipe.yaml').write_text(yaml.safe_dump(recipe), encoding='utf-8')
     start = 'weights of another run' if args.get('pretrained_path') or args.get('initial_checkpoint') else (
         'pretrained weights' if args.get('pretrained') else 'random weights')
@@ -125,15 +123,21 @@ def _fill(folder: Path, run: Path, repo_id: str, result: RunResult, trained: Tra
     (folder / 'README.md').write_text(_model_card(repo_id, result, trained, start, files), encoding='utf-8')
 
 
-def _dataset_name(args: Mapping[str, Any]) -> str:
-    """timm's name of a data set without the folders of this machine."""
-    name = args['dataset'].rstrip('/').rpartition('/')[2]
-    return f'hfds/{_HUB_DATASETS[name][0]}' if name in _HUB_DATASETS else name
+def _first_model(trained: TrainedModel) -> str:
+    """The model's name with the tag of the weights that it was trained on."""
+    return json.loads(trained.metadata['args'])['model']
+
+
+def _dataset_name(dataset: str) -> str:
+    """timm's name of a data set: of one that is known here and was in a folder, that on the Hub."""
+    name = dataset.rpartition('/')[2]
+    known = name in _HUB_DATASETS and not dataset.startswith('hfds/')
+    return f'hfds/{_HUB_DATASETS[name][0]}' if known else dataset
 
 
 def _model_card(
         repo_id: str, result: RunResult, trained: TrainedModel, start: str, files: Iterable[str]) -> str:
-    licence = trained.model.pretrained_cfg.get('license') or 'apache-2.0'
+    licence = get_pretrained_cfg(_first_model(trained)).license or 'apache-2.0'
     dataset_id, dataset_name = _HUB_DATASETS.get(result.dataset, (result.dataset, result.dataset))
     shared = dict(
         task_type='image-classification', dataset_type=dataset_id, dataset_name=dataset_name, dataset_split='test')

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
+from timm.models import split_model_name_tag
 
 from .options import (
     ARGS_FILE, PLACES, build_parser, list_recipes, load_recipe, public_model_kwargs, recipe_name)
@@ -60,7 +61,7 @@ BEGIN, END = '<!-- results:begin -->', '<!-- results:end -->'
 # Arguments that say where, when and how fast a run was made, not what was trained.
 _NOT_OVERRIDES = frozenset((
     'recipe', 'model', 'seed', 'output', 'experiment', 'device', 'log_interval', 'checkpoint_interval', 'log_wandb',
-    'log_tensorboard', 'dataset', 'data_dir', 'dataset_download', 'input_key', 'target_key', 'workers',
+    'log_tensorboard', 'dataset', 'data_dir', 'dataset_download', 'input_key', 'workers',
     'validation_batch_size', 'channels_last', 'torchcompile', 'sync_bn', 'dist_bn', 'num_classes', 'mean', 'std',
     'batch_size', 'grad_accum_steps'))
 
@@ -190,20 +191,27 @@ def _flatten(run: str, values: Mapping[str, Any], args: Mapping[str, Any]) -> di
 
 
 def _overrides(recipe: str, args: Mapping[str, Any], world_size: int) -> str:
-    """What a run was given beyond its recipe, as `name=value` words."""
-    if recipe not in list_recipes():
-        # Nothing is known of what else was changed, but a converted model is another one.
-        return f'res2net_scale={args["res2net_scale"]}' if args.get('res2net_scale') else ''
-    expected = vars(build_parser().parse_args([])) | load_recipe(recipe)
+    """What a run was given beyond its recipe, or without one beyond the defaults, as `name=value` words."""
+    expected = vars(build_parser().parse_args([]))
+    # Of a recipe whose file is not here any more it is not known what stands in it: its runs show all they were given.
+    if recipe in list_recipes() or Path(recipe).is_file():
+        expected |= load_recipe(recipe)
     args = {**args, 'model_kwargs': public_model_kwargs(args.get('model_kwargs') or {})}
     # A path is not told: that weights were given is. Spaces stand between words only.
     words = [
         name if name in PLACES else f'{name}={args[name]}'.replace(' ', '') for name in sorted(args)
         if name in expected and name not in _NOT_OVERRIDES and args[name] != expected[name]]
+    if args.get('pretrained') and _tag(args['model']) != _tag(expected['model']):
+        words.append(f'model={args["model"]}')
     batch = args.get('batch_size', 0) * args.get('grad_accum_steps', 1) * world_size
     if batch != expected['batch_size'] * expected['grad_accum_steps']:
         words.append(f'batch={batch}')
     return ' '.join(words)
+
+
+def _tag(model: str) -> str:
+    """The weights that a model's name stands for."""
+    return split_model_name_tag(model)[1]
 
 
 def _why_unfinished(run_dir: Path) -> str:

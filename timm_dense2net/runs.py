@@ -21,7 +21,7 @@ import yaml
 from timm.models import get_arch_name, is_model, safe_model_name
 from timm.utils import trim_summary, unfreeze, update_summary
 
-from .build import RunData, build_loader, environment
+from .build import RunData, build_loader, environment, source_commit
 from .checkpoint import CHECKPOINT_FILE, PREVIOUS_FILE, load_state, load_weights, read_state_bytes
 from .counts import count_macs, count_params
 from .distributed import Processes
@@ -88,6 +88,8 @@ class RunFolder:
         self._remove_leftovers()
         with replace_file(self.path / ARGS_FILE) as temporary:
             temporary.write_text(yaml.safe_dump(saved_args(args), sort_keys=False), encoding='utf-8')
+        # Of the code that trains: the checkout may be another when the run ends.
+        self.commit = source_commit()
         self._log_wandb = args.log_wandb
         if args.log_wandb:
             import wandb
@@ -171,6 +173,7 @@ def write_run_results(args: argparse.Namespace, data: RunData, trainer: Trainer)
         batch_size=args.batch_size,
         world_size=world_size,
         **environment(trainer.device),
+        commit=trainer.folder.commit,
     )
     with replace_file(folder / 'result.json') as temporary:
         temporary.write_text(json.dumps(result, indent=2) + '\n', encoding='utf-8')

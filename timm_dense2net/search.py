@@ -22,13 +22,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 import yaml
 from timm.optim import list_optimizers
-from timm.utils import random_seed, setup_default_logging
+from timm.utils import setup_default_logging
 from tqdm import tqdm
 
-from .build import build_data, build_loader, build_model, weights_metadata
+from .build import build_data, build_trainer
 from .dense2net import SplitHierarchyConv2d
 from .distributed import Processes, start_processes
 from .options import SCHEDULES, build_parser, check_args, parse_args, saved_args
@@ -111,7 +110,7 @@ class SearchSpace:
         values = dict(
             opt=opt, lr=trial.suggest_float(lr, *_LR_RANGES[lr], log=True),
             sched=trial.suggest_categorical('sched', self.scheds))
-        if values['sched'] in ('plateau', 'step'):
+        if values['sched'] in ('plateau', 'step', 'multistep'):
             values['decay_rate'] = trial.suggest_categorical('decay_rate', (0.1, 0.2, 0.5))
         if values['sched'] == 'plateau':
             values.update(warmup_epochs=0, sched_on_updates=False)
@@ -292,19 +291,10 @@ class Worker:
     def _train(self, trial: Trial, args: argparse.Namespace) -> float:
         """Best top-1 accuracy on the held-out images, in percent."""
         state = read_resumed_state(args, self.processes)
-        folder = RunFolder(args, start_epoch=state['position']['epoch'] if state else 0)
-        random_seed(args.seed)
-        model = build_model(args, self.data.train, with_weights=state is None).to(self.processes.device)
-        model = model.to(memory_format=torch.channels_last) if args.channels_last else model
-        trainer = _TrialTrainer(
-            args, model, build_loader(args, self.data.train, self.data, self.processes, train=True),
-            build_loader(args, self.data.validation, self.data, self.processes), folder,
-            weights_metadata(args, self.data, model), self.processes)
+        trainer = build_trainer(args, self.data, self.processes, state, _TrialTrainer)
         trainer.trial, trainer.stop = trial, self._stop
-        if state is not None:
-            trainer.load_state_dict(state)
         try:
-            trainer.fit()
+            trainer.fit(RunFolder(args, start_epoch=trainer.epoch))
         except TrainingError as e:
             if isinstance(e.__cause__, OSError):
                 raise
@@ -320,6 +310,9 @@ def trial_args(base: argparse.Namespace, values: Mapping[str, Any]) -> argparse.
         setattr(args, key, dict(base.model_kwargs, **value) if key == 'model_kwargs' else value)
     if args.sched == 'step':
         args.decay_epochs = max(1, args.epochs // 3)
+    elif args.sched == 'multistep':
+        # At half and three quarters, as in the DenseNet paper (https://arxiv.org/abs/1608.06993).
+        args.decay_milestones = [max(1, args.epochs // 2), max(1, 3 * args.epochs // 4)]
     check_args(args)
     return args
 

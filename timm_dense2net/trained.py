@@ -17,11 +17,12 @@ from timm.models import is_model
 from .checkpoint import load_weights
 from .classes import CIFAR100_CLASSES
 from .convert import METADATA_KEY, reapply_conversion
+from .data import PREPROCESSING, ImageArrays, ImageReader
 from .hub import LOAD_ERRORS, check_weights, explain_hub_error, one_line
 
 __all__ = [
-    'TrainedModel', 'load_trained', 'load_pretrained_model', 'load_checkpoint_model', 'weights_file', 'weights_shape',
-    'weights_config']
+    'TrainedModel', 'load_trained', 'load_pretrained_model', 'load_checkpoint_model', 'check_classes',
+    'preprocessing_of', 'tested_weights', 'weights_file', 'weights_shape', 'weights_config']
 
 
 @dataclass(frozen=True)
@@ -120,15 +121,44 @@ def _create_for(name: str, weights: Mapping[str, torch.Tensor], model_args: dict
     return timm.create_model(name, **model_args | shape)
 
 
+def check_classes(trained: TrainedModel, images: ImageArrays | ImageReader) -> None:
+    """Checks that images are of a model's classes, by their number and, where both have names, by these.
+
+    Raises:
+        ValueError: If they are not.
+    """
+    if trained.model.num_classes != images.num_classes:
+        raise ValueError(f'{trained.name} has {trained.model.num_classes} classes, the data {images.num_classes}')
+    nameless = tuple(str(index) for index in range(images.num_classes))
+    if trained.class_names is None or images.class_names == nameless:
+        return
+    for index, names in enumerate(zip(trained.class_names, images.class_names)):
+        if names[0] != names[1]:
+            raise ValueError(f"class {index} is '{names[0]}' of {trained.name} and '{names[1]}' of the data")
+
+
+def preprocessing_of(data_config: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a data config says how images are resized and cropped, for `data.load_images`."""
+    return {key: data_config[key] for key in PREPROCESSING}
+
+
 def weights_file(path: str | Path) -> Path:
     """The file that a path to weights means: a run folder's last weights, else the path itself."""
     path = Path(path)
     return path / 'last.safetensors' if path.is_dir() else path
 
 
+def tested_weights(run: Path) -> Path:
+    """The file of weights that a run's test figures are of: the last, or with `--hold-out` the best."""
+    path = run / 'result.json'
+    tested = json.loads(path.read_text(encoding='utf-8')).get('tested', 'last') if path.is_file() else 'last'
+    return run / f'{tested}.safetensors'
+
+
 def weights_config(metadata: Mapping[str, str]) -> dict[str, Any]:
-    """How input for weights is prepared, as far as their metadata says it: ``input_size``, ``mean`` and ``std``."""
-    return {key: json.loads(metadata[key]) for key in ('input_size', 'mean', 'std') if key in metadata}
+    """How input for weights is prepared, as far as their metadata says it, by the names of a pretrained cfg."""
+    config = {key: json.loads(metadata[key]) for key in ('input_size', 'mean', 'std', 'crop_pct') if key in metadata}
+    return config | {key: metadata[key] for key in ('interpolation', 'crop_mode') if key in metadata}
 
 
 def weights_shape(cfg: Mapping[str, Any], weights: Mapping[str, torch.Tensor]) -> dict[str, int]:
@@ -140,9 +170,11 @@ def weights_shape(cfg: Mapping[str, Any], weights: Mapping[str, torch.Tensor]) -
     """
     shape = {}
     for argument, layer, axis in (('num_classes', 'classifier', 0), ('in_chans', 'first_conv', 1)):
-        tensor = weights.get(f'{cfg.get(layer)}.weight')
-        if tensor is not None:
-            shape[argument] = tensor.shape[axis]
+        names = cfg.get(layer) or ()
+        # Some models have several classifiers, all for the same classes.
+        for name in (names,) if isinstance(names, str) else names:
+            if f'{name}.weight' in weights:
+                shape[argument] = weights[f'{name}.weight'].shape[axis]
     return shape
 
 

@@ -87,7 +87,6 @@ class Trainer:
         model: The bare model, on its device.
         train_loader: Batches of the training images.
         eval_loader: Batches of the images that validate.
-        folder: Where the run is written; None on processes that write nothing.
         weights_metadata: Metadata of the weights' files.
         processes: The processes that train together.
     """
@@ -98,14 +97,13 @@ class Trainer:
             model: nn.Module,
             train_loader: BatchLoader,
             eval_loader: BatchLoader,
-            folder: RunFolder | None,
             weights_metadata: dict[str, str],
             processes: Processes,
     ):
         self.args = args
         self.model = model
         self.train_loader, self.eval_loader = train_loader, eval_loader
-        self.folder = folder
+        self.folder: RunFolder | None = None
         self.weights_metadata = weights_metadata
         self.processes = processes
         self.device = processes.device
@@ -143,14 +141,22 @@ class Trainer:
         """A scheduler and the number of epochs it makes."""
         args = self.args
         if args.sched != 'plateau':
-            updates_per_epoch = math.ceil(len(self.train_loader) / args.grad_accum_steps)
-            return create_scheduler_v2(self.optimizer, **scheduler_kwargs(args), updates_per_epoch=updates_per_epoch)
+            return create_scheduler_v2(
+                self.optimizer, **scheduler_kwargs(args), updates_per_epoch=self._updates_of(len(self.train_loader)))
         # timm's schedulers apply layer-wise decay themselves; torch's, whose state can be saved, knows nothing of it.
         for group in self.optimizer.param_groups:
             group['lr'] *= group.get('lr_scale', 1.)
         return ReduceLROnPlateau(
             self.optimizer, factor=args.decay_rate, patience=args.patience_epochs, cooldown=args.cooldown_epochs,
             min_lr=args.min_lr), args.epochs
+
+    def _updates_of(self, batches: int) -> int:
+        return math.ceil(batches / self.args.grad_accum_steps)
+
+    @property
+    def scheduled_updates(self) -> int:
+        """Where the run stands in its schedule, in updates of now: earlier ones may have been of other batches."""
+        return self.epoch * self._updates_of(len(self.train_loader)) + self._updates_of(self.batches_done)
 
     def _distribute(self, model: nn.Module) -> nn.Module:
         if not self.processes.distributed:
@@ -181,13 +187,17 @@ class Trainer:
         """The run's folder."""
         return Path(self.args.output, self.args.experiment)
 
-    def fit(self) -> None:
+    def fit(self, folder: RunFolder | None = None) -> None:
         """Trains to the end of the run.
+
+        Args:
+            folder: Where the run is written; None on processes that write nothing.
 
         Raises:
             Interrupted: After SIGTERM or SIGINT, with the state saved.
             TrainingError: If the loss is not finite or a file cannot be written; the last good state is kept.
         """
+        self.folder = folder
         try:
             with self.stop:
                 self._fit()
@@ -233,7 +243,7 @@ class Trainer:
         if self.ema is not None:
             self.ema.update(self.model, step=self.updates)
         if self.scheduler is not None and not isinstance(self.scheduler, ReduceLROnPlateau):
-            self.scheduler.step_update(self.updates)
+            self.scheduler.step_update(self.scheduled_updates)
 
     def _reads_back(self, first: int) -> bool:
         """Whether the host looks at the device after the update that began with batch `first`."""
@@ -399,7 +409,7 @@ class Trainer:
         if self.scheduler is not None and parts['plateau'] is None:
             # timm's schedules follow from the position alone; a longer one takes effect at once.
             self.scheduler.step(self.epoch)
-            self.scheduler.step_update(self.updates)
+            self.scheduler.step_update(self.scheduled_updates)
         self._load_process_state(state['processes'])
 
     def _restore_memory_format(self) -> None:
@@ -419,7 +429,8 @@ class Trainer:
             return
         state = states[self.processes.rank]
         set_rng_state(state['rng'], self.device)
-        self.figures.copy_(state['figures'])
+        if self.batches_done:  # between epochs there are none, and their number may be another
+            self.figures.copy_(state['figures'])
         for model in ('model', 'model_to_keep'):
             for name, buffer in getattr(self, model).named_buffers() if model in state else ():
                 buffer.copy_(state[model][name])
