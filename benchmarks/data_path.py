@@ -9,7 +9,6 @@ DataLoader with its best number of workers.
 from __future__ import annotations
 
 import argparse
-import csv
 import os
 import statistics
 import time
@@ -23,6 +22,7 @@ from tqdm import tqdm
 
 from timm_dense2net.augment import AugmentConfig
 from timm_dense2net.data import BatchLoader, ImageArrays, dataset_stats, load_arrays
+from timm_dense2net.results import write_csv
 
 CUTOUT_LENGTH = 8
 
@@ -135,12 +135,8 @@ def main() -> None:
     ratio = best['BatchLoader'] / best['DataLoader']
     print(f'\nBatchLoader makes {ratio:.1f} times the images per second of the best DataLoader.')
     if args.output:
-        with open(f'{args.output}.tmp', 'w', newline='', encoding='utf-8') as file:
-            writer = csv.writer(file)
-            writer.writerow(('way', 'repeat', 'images_per_second'))
-            for name, values in speeds.items():
-                writer.writerows((name, repeat, f'{speed:.1f}') for repeat, speed in enumerate(values))
-        os.replace(f'{args.output}.tmp', args.output)
+        write_csv(args.output, ('way', 'repeat', 'images_per_second'), (
+            (name, repeat, f'{speed:.1f}') for name, values in speeds.items() for repeat, speed in enumerate(values)))
 
 
 if __name__ == '__main__':

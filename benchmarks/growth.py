@@ -7,7 +7,6 @@ Each point runs in a process of its own on a CPU (with torch's counters on a GPU
 takes longer than --max-seconds or more memory than there is. Writes growth.md, growth.csv and growth.png.
 """
 import argparse
-import copy
 import multiprocessing
 import statistics
 import time
@@ -20,10 +19,10 @@ import timm
 import torch
 import torch.nn.functional as F
 from timm.utils import reparameterize_model
-from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from memory import peak_mb_of
+from timm_dense2net.counts import count_macs
 from timm_dense2net.dense2net import Dense2Net
 from timm_dense2net.results import new_figure, replace_file, save_figure, write_csv
 
@@ -52,9 +51,7 @@ def run_point(mode: str, batch: int, size: int, kwargs: Dict[str, Any], calls: i
     kwargs = dict(kwargs)
     name = kwargs.pop('model', None)
     model = timm.create_model(name, num_classes=100) if name else Dense2Net(num_classes=100, **kwargs)
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        copy.deepcopy(model).to('meta').eval()(torch.empty(1, 3, size, size, device='meta'))
-    gflop = counter.get_total_flops() * batch * (3 if mode == 'train' else 1) / 1e9
+    gflop = 2 * count_macs(model, (3, size, size)) * batch * (3 if mode == 'train' else 1) / 1e9
     model = model.to(DEVICE).train(mode == 'train')
     if mode == 'fused':
         model = reparameterize_model(model)

@@ -224,6 +224,8 @@ def test_sizes(name):
     (dict(drop_path_rate=1.5), ('drop_path_rate', '1.5')),
     (dict(drop_rate=-0.1), ('drop_rate', '-0.1')),
     (dict(attn_layer='sse'), ('attn_layer', 'sse')),
+    (dict(attn_layer='bottleneck'), ('attn_layer', 'bottleneck', '32 channels')),
+    (dict(norm_layer=''), ('norm_layer', "''")),
 ])
 def test_bad_arguments_are_named(kwargs, numbers):
     with pytest.raises(ValueError) as info:
@@ -251,6 +253,13 @@ def test_smallest_input(name, size):
     model = timm.create_model(name, device='meta').eval()
     assert model.min_size == size
     assert model.forward_features(torch.empty(1, 3, size, size, device='meta')).shape[2:] == (1, 1)
+
+
+@pytest.mark.parametrize('kwargs', [dict(kernel_size=2), dict(kernel_size=0), dict(dilation=0)])
+def test_layer_names_its_wrong_arguments(kwargs):
+    (name, value), = kwargs.items()
+    with pytest.raises(ValueError, match=f'{name} must be .*{value}'):
+        SplitHierarchyConv2d(16, **kwargs)
 
 
 def test_layer_names_its_wrong_input():

@@ -75,9 +75,12 @@ def test_a_pool_is_of_one_input_and_goes_with_its_module():
     assert len(memory_pool._pools) < count
 
 
-def test_eval_mode_gives_the_memory_back():
-    model, count = timm.create_model('dense2net40_k12_s4'), len(memory_pool._pools)
-    model(torch.randn(16, 3, 32, 32)).sum().backward()
+@pytest.mark.parametrize('features_only', [False, True])
+def test_eval_mode_gives_the_memory_back(features_only):
+    model = timm.create_model('dense2net40_k12_s4', features_only=features_only)
+    count = len(memory_pool._pools)
+    outputs = model(torch.randn(16, 3, 32, 32))
+    (outputs[-1] if features_only else outputs).sum().backward()
     assert len(memory_pool._pools) > count
     model.eval()
     assert len(memory_pool._pools) == count

@@ -6,6 +6,7 @@ import pytest
 import timm
 import torch
 from timm.data import resolve_data_config
+from timm.layers import convert_sync_batchnorm
 from timm.models import group_parameters
 from timm.models._features import FeatureGetterNet
 from timm.optim import create_optimizer_v2
@@ -196,6 +197,12 @@ def test_gradient_checkpointing(name):
     torch.testing.assert_close(results[1][0], results[0][0], rtol=0, atol=0)
     torch.testing.assert_close(results[1][1], results[0][1])
     torch.testing.assert_close(results[1][2], results[0][2])  # each batch counts once
+    twin.zero_grad()
+    twin = convert_sync_batchnorm(twin)
+    twin(x).square().sum().backward()
+    assert all(p.grad is not None for p in twin.parameters())
+    counts = [buffer for buffer_name, buffer in twin.named_buffers() if buffer_name.endswith('num_batches_tracked')]
+    assert counts and all(count == 2 for count in counts)
     twin.set_grad_checkpointing(False)
     assert not any(getattr(m, 'grad_checkpointing', False) for m in twin.modules())
 

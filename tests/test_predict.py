@@ -72,6 +72,12 @@ def test_csv_holds_the_models_own_probabilities_in_order(weights, pictures, caps
     assert [row['rank'] for row in rows[:2]] == ['1', '2'] and NAMES[int(rows[0]['class_index'])] == rows[0]['class']
 
 
+def test_one_process_of_a_slurm_job_works_alone(weights, pictures, capsys, monkeypatch):
+    for name, value in (('SLURM_NTASKS', '2'), ('SLURM_PROCID', '0'), ('SLURM_LOCALID', '0')):
+        monkeypatch.setenv(name, value)
+    assert main([str(pictures), '--checkpoint', str(weights)]) == 0
+
+
 def test_json_and_table_say_the_same(weights, pictures, capsys):
     call = [str(pictures / 'a'), '--checkpoint', str(weights), '--topk', '3']
     assert main([*call, '--format', 'json']) == 0

@@ -92,6 +92,18 @@ def test_pyramid_widths_rise_evenly():
     assert model.num_features == 400
 
 
+def test_other_widths_fit_or_are_refused():
+    model = create('pyramidnet164_a84', device='meta', layers=(3, 3, 3), alpha=72, stem_chs=24)
+    maps = model.forward_intermediates(torch.empty(1, 3, 32, 32, device='meta'), intermediates_only=True)
+    assert [m.shape[1] for m in maps] == [info['num_chs'] for info in model.feature_info]
+    for kwargs in (dict(alpha=85), dict(stem_chs=20)):
+        with pytest.raises(ValueError, match='must be multiples of 8'):
+            create('pyramidnet164_a84', device='meta', **kwargs)
+    wide = create('wide_resnet28_10', device='meta', layers=(1, 1, 1), stem_chs=20)
+    assert wide(torch.empty(1, 3, 32, 32, device='meta')).shape == (1, 100)
+    assert len(create('resnext29_8x64d', device='meta', layers=(1, 1, 2)).layer3) == 2
+
+
 def test_pyramid_shortcut_pads_with_zeros():
     block = thin('pyramidnet164_a84').eval().stages[1].blocks[0]
     nn.init.zeros_(block.norm4.weight)

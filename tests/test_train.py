@@ -10,7 +10,7 @@ import torch.nn as nn
 import yaml
 from timm.optim import create_optimizer_v2
 from timm.utils import accuracy
-from training_runs import arguments, finish, read_state, read_summary_rows, run_here, start, train_cifar
+from training_runs import arguments, finish, read_state, read_summary_rows, run_here, start
 
 from timm_dense2net import build, runs, training_form
 from timm_dense2net.counts import count_macs
@@ -202,7 +202,7 @@ def _note_loaders():
             return original(args, images, *rest, **kwargs)
         return build_loader
     original = build.build_loader
-    train_cifar.build_loader, runs.build_loader = noting('training'), noting('test')
+    build.build_loader, runs.build_loader = noting('training'), noting('test')
 
 
 def test_hold_out_touches_the_test_split_once(tmp_path):
@@ -219,6 +219,7 @@ def test_hold_out_touches_the_test_split_once(tmp_path):
 
 @pytest.mark.parametrize('more', [
     ['--amp', '--channels-last', '--grad-accum-steps', '2', '--clip-grad', '1', '--torchcompile', 'aot_eager'],
+    ['--grad-checkpointing'],
     ['--amp', '--amp-dtype', 'float16', '--channels-last', '--grad-accum-steps', '3', '--clip-grad', '1'],
     ['--mixup', '0.2', '--cutmix', '1', '--mixup-off-epoch', '1', '--smoothing', '0.1', '--aa', 'cifar10',
      '--cutout-holes', '1', '--sched', 'cosine', '--sched-on-updates', '--warmup-epochs', '1', '--opt', 'adamw',

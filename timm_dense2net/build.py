@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import json
 import platform
 import subprocess
@@ -17,7 +16,7 @@ import torch
 import torch.nn as nn
 from safetensors import SafetensorError
 from timm.layers import convert_sync_batchnorm
-from timm.models import get_arch_name, is_model, list_models, load_checkpoint, split_model_name_tag
+from timm.models import get_arch_name, is_model, load_checkpoint
 from timm.utils import random_seed
 
 from .augment import AugmentConfig, ProgressiveResize
@@ -28,6 +27,7 @@ from .data import (
     load_images)
 from .distributed import Processes
 from .hub import LOAD_ERRORS, one_line
+from .names import check_model_name
 from .options import public_args, public_model_kwargs, saved_args
 from .start import freeze_stages, pretrained_overlay
 from .trained import check_classes, load_trained, preprocessing_of, weights_config, weights_file
@@ -121,11 +121,8 @@ def _pretrained_stats(args: argparse.Namespace) -> tuple[Sequence[float], Sequen
 
 
 def _check_model_name(model: str) -> None:
-    if ':' in model or is_model(model):
-        return
-    close = difflib.get_close_matches(split_model_name_tag(model)[0], list_models(), n=3)
-    hint = f', did you mean {" or ".join(close)}?' if close else ''
-    raise ValueError(f"timm has no model '{model}'{hint}")
+    if ':' not in model:  # timm's hf-hub: or local-dir:
+        check_model_name(model)
 
 
 def build_model(args: argparse.Namespace, images: Images, with_weights: bool = True) -> nn.Module:
@@ -168,6 +165,8 @@ def build_model(args: argparse.Namespace, images: Images, with_weights: bool = T
             load_converted(model, initial)
         elif initial:
             _load_initial(model, initial)
+        if args.grad_checkpointing:
+            model.set_grad_checkpointing()
         if args.res2net_scale and not converted:
             convert_res2net(model, args.res2net_scale)
     except LOAD_ERRORS as e:

@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import json
 import logging
 import os
@@ -17,13 +16,15 @@ from typing import Any
 
 import timm
 import torch.nn as nn
-from timm.layers import create_conv2d, get_device_dtype, get_norm_act_layer
-from timm.models import build_model_with_cfg, is_model, list_models, model_entrypoint, register_model
+from timm.layers import create_conv2d, get_device_dtype
+from timm.models import build_model_with_cfg, is_model, model_entrypoint, register_model
 from timm.models.res2net import Bottle2neck
 
 from .checkpoint import load_weights
 from .counts import count_macs, count_params
-from .dense2net import SplitHierarchyConv2d
+from .dense2net import SplitHierarchyConv2d, find_norm_act_layer
+from .hub import one_line
+from .names import check_model_name
 
 __all__ = [
     'convert_res2net', 'reapply_conversion', 'conversion_metadata', 'recorded_conversion', 'load_converted',
@@ -114,12 +115,7 @@ def reapply_conversion(model: nn.Module, conversion: Mapping[str, Any]) -> nn.Mo
         names = conversion['replaced']
     except KeyError as e:
         raise ValueError(f'the record of a conversion lacks {e}') from e
-    try:
-        get_norm_act_layer(layer_args['norm_layer'], act_layer=layer_args['act_layer'])
-    except (KeyError, AssertionError):
-        raise ValueError(
-            f"norm_layer '{layer_args['norm_layer']}' and act_layer '{layer_args['act_layer']}' must be names that "
-            f"timm knows, such as 'batchnorm2d' and 'relu'") from None
+    find_norm_act_layer(layer_args['norm_layer'], layer_args['act_layer'])
     modules = dict(model.named_modules())
     for name in names:
         if type(modules.get(name)) is not nn.Conv2d:
@@ -231,7 +227,7 @@ def load_converted(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     try:
         model.load_state_dict(load_weights(path)[0])
     except RuntimeError as e:
-        raise ValueError(f'{path} does not fit {type(model).__name__}: {" ".join(str(e).split())[:300]}') from e
+        raise ValueError(f'{path} does not fit {type(model).__name__}: {one_line(e)}') from e
     return model
 
 
@@ -273,9 +269,7 @@ def res2net_converted(
 
 
 def _create(name: str, num_classes: int | None) -> nn.Module:
-    if not is_model(name):
-        close = difflib.get_close_matches(name, list_models(), n=3)
-        raise ValueError(f"timm has no model '{name}'" + (f', did you mean {" or ".join(close)}?' if close else ''))
+    check_model_name(name)
     return timm.create_model(name, device='meta', **({} if num_classes is None else {'num_classes': num_classes}))
 
 
@@ -316,6 +310,6 @@ def main(argv: list[str] | None = None) -> int:
         try:
             print(('\n' if index else '') + _report(name, args.scale, args.num_classes, args.img_size))
         except (AssertionError, ValueError, RuntimeError) as e:
-            print(f'error: {name}: {" ".join(str(e).split())[:300]}', file=sys.stderr)
+            print(f'error: {name}: {one_line(e)}', file=sys.stderr)
             return 2
     return 0

@@ -33,7 +33,7 @@ from timm.models._manipulate import MATCH_PREV_GROUP
 from .fused import (
     FusedDenseBlock, FusedDenseTransition, FusedFeatures, FusedSplitHierarchyConv2d, is_fusable)
 from .in_place import parts_of, runs_by_parts
-from .memory_pool import drop_pool_of
+from .memory_pool import PoolOwner
 from .packaged import check_pretrained, packaged_file
 from .training_form import block_has_training_form, block_in_training, has_training_form, transition_in_training
 
@@ -72,24 +72,33 @@ def _check_rates(**values: float) -> None:
 def _create_attn(attn_layer: Optional[str], channels: int, device=None, dtype=None) -> nn.Module:
     try:
         attn = create_attn(attn_layer, channels, device=device, dtype=dtype)
-    except AssertionError:
+    except (AssertionError, TypeError) as e:
         raise ValueError(
-            f"unknown attn_layer '{attn_layer}': it must be a name that timm knows, such as 'se' or 'eca'") from None
+            f"attn_layer '{attn_layer}': timm makes none of that name for {channels} channels alone ({e}); it must be "
+            f"one such as 'se' or 'eca'") from None
     return nn.Identity() if attn is None else attn
 
 
-def _norm_act_layer(norm_layer: LayerType, act_layer: LayerType) -> Type[nn.Module]:
+def find_norm_act_layer(norm_layer: LayerType, act_layer: LayerType) -> Type[nn.Module]:
+    """timm's ``get_norm_act_layer``, with a message for what timm does not know.
+
+    Raises:
+        ValueError: timm has no such layer.
+    """
     try:
         get_act_layer(act_layer)
     except KeyError:
         raise ValueError(
             f"unknown act_layer '{act_layer}': it must be a name that timm knows, such as 'relu' or 'silu'") from None
     try:
-        return get_norm_act_layer(norm_layer, act_layer=act_layer)
+        norm_act_layer = get_norm_act_layer(norm_layer, act_layer=act_layer)
     except (AssertionError, KeyError):
+        norm_act_layer = None
+    if norm_act_layer is None:
         raise ValueError(
             f"unknown norm_layer '{norm_layer}': it must be a name that timm knows, such as 'batchnorm2d' or "
-            f"'layernorm2d'") from None
+            f"'layernorm2d'")
+    return norm_act_layer
 
 
 def _is_bare_conv(conv: nn.Module, kernel_size: int, dilation: int = 1, groups: Optional[int] = 1) -> bool:
@@ -129,8 +138,8 @@ class SplitHierarchyConv2d(nn.Module):
         dtype: Dtype of the parameters.
 
     Raises:
-        ValueError: If scale or groups are below 1, scale does not divide the channels, or groups do not divide a
-            split; in ``forward``, if the input has other than ``channels`` channels.
+        ValueError: If a number is below 1, kernel_size is even, scale does not divide the channels, or groups do not
+            divide a split; in ``forward``, if the input has other than ``channels`` channels.
     """
 
     def __init__(
@@ -147,7 +156,10 @@ class SplitHierarchyConv2d(nn.Module):
     ) -> None:
         dd = {'device': device, 'dtype': dtype}
         super().__init__()
-        _check_positive(channels=channels, scale=scale, groups=groups)
+        _check_positive(
+            channels=channels, scale=scale, groups=groups, kernel_size=kernel_size, dilation=dilation)
+        if kernel_size % 2 == 0:
+            raise ValueError(f'kernel_size must be odd, so that maps keep their size, got {kernel_size}')
         if channels % scale:
             raise ValueError(f'{channels} channels cannot be split by scale {scale}: scale must divide the channels')
         width = channels // scale
@@ -155,7 +167,7 @@ class SplitHierarchyConv2d(nn.Module):
             raise ValueError(
                 f'{width} channels a split ({channels} channels at scale {scale}) cannot be divided in {groups} '
                 f'groups: groups must divide {width}')
-        norm_act_layer = _norm_act_layer(norm_layer, act_layer)
+        norm_act_layer = find_norm_act_layer(norm_layer, act_layer)
         self.channels = channels
         self.in_channels = self.out_channels = channels  # asked of a convolution by timm's ConvNormAct
         self.scale = scale
@@ -193,14 +205,15 @@ class SplitHierarchyConv2d(nn.Module):
 def _running_stats_frozen(module: nn.Module) -> Iterator[None]:
     # Recomputing a layer must not count its batch a second time in the running statistics.
     norms = [m for m in module.modules() if getattr(m, 'track_running_stats', False)]
-    kept = [(m.momentum, m.num_batches_tracked) for m in norms]
+    kept = [(m.momentum, m.num_batches_tracked.clone()) for m in norms]
     for m in norms:
-        m.momentum, m.num_batches_tracked = 0., None
+        m.momentum = 0.
     try:
         yield
     finally:
         for m, (momentum, count) in zip(norms, kept):
-            m.momentum, m.num_batches_tracked = momentum, count
+            m.momentum = momentum
+            m.num_batches_tracked.copy_(count)
 
 
 class DenseLayer(nn.Module):
@@ -228,7 +241,7 @@ class DenseLayer(nn.Module):
     ) -> None:
         dd = {'device': device, 'dtype': dtype}
         super().__init__()
-        norm_act_layer = _norm_act_layer(norm_layer, act_layer)
+        norm_act_layer = find_norm_act_layer(norm_layer, act_layer)
         mid_chs = bn_size * growth_rate
         self.growth_rate = growth_rate
         self.norm1 = norm_act_layer(in_chs, **dd)
@@ -291,7 +304,7 @@ class DenseLayer(nn.Module):
         return self._new_features(features)
 
 
-class DenseBlock(nn.ModuleDict):
+class DenseBlock(PoolOwner, nn.ModuleDict):
     """Dense layers, each of which sees the block's input and the new features of all layers before it.
 
     Shape: (N, in_chs, H, W) -> (N, in_chs + num_layers * growth_rate, H, W).
@@ -338,7 +351,7 @@ class DenseBlock(nn.ModuleDict):
         return FusedDenseBlock(self) if self.is_original() and is_fusable(*self.norms()) else self
 
 
-class DenseTransition(nn.Sequential):
+class DenseTransition(PoolOwner, nn.Sequential):
     """Norm, activation and 1x1 convolution to ``out_chs`` channels, then 2x2 average pooling."""
 
     def __init__(self, in_chs: int, out_chs: int, norm_act_layer: Type[nn.Module], device=None, dtype=None) -> None:
@@ -412,13 +425,6 @@ def _join_in_training(layer: nn.Module, follower: nn.Module, x: torch.Tensor) ->
 
 class Features(nn.Sequential):
     """Stem, dense blocks with the transitions between them, and the final norm."""
-
-    def train(self, mode: bool = True) -> 'Features':
-        """As of every module; what was kept from training steps is given back in eval mode."""
-        if not mode:
-            for layer in self:
-                drop_pool_of(layer)
-        return super().train(mode)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not torch.jit.is_scripting():
@@ -507,7 +513,7 @@ class Dense2Net(nn.Module):
             raise ValueError(f'num_classes must be at least 0, got {num_classes}')
         if not block_config or min(block_config) < 1:
             raise ValueError(f'block_config must name at least one layer a block, got {tuple(block_config)}')
-        norm_act_layer = _norm_act_layer(norm_layer, act_layer)
+        norm_act_layer = find_norm_act_layer(norm_layer, act_layer)
         self.num_classes = num_classes
         self.in_chans = in_chans
 

@@ -11,7 +11,9 @@ import torch
 from timm.utils.distributed import init_distributed_device_so, is_distributed_env
 from torch import distributed as dist
 
-__all__ = ['Processes', 'start_processes']
+from .hub import one_line
+
+__all__ = ['Processes', 'find_device', 'start_processes']
 
 
 @dataclass(frozen=True)
@@ -61,10 +63,12 @@ class Processes:
         return values
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Adds up every process's tensor in place."""
-        if self.distributed:
-            dist.all_reduce(tensor)
-        return tensor
+        """The sum of every process's tensor."""
+        if not self.distributed:
+            return tensor
+        total = tensor.to(self.device, copy=True)
+        dist.all_reduce(total)
+        return total
 
     def max(self, value: int) -> int:
         """The largest of every process's whole numbers."""
@@ -107,6 +111,20 @@ if dist.is_available():
     dist.register_rendezvous_handler('restartable', _restartable_rendezvous)
 
 
+def find_device(device: str | None = None) -> torch.device:
+    """The device of a name, CUDA where there is one if None.
+
+    Raises:
+        ValueError: If the device is not there.
+    """
+    device = device or ('cuda' if torch.cuda.is_available() else 'cpu')
+    try:
+        torch.zeros(1, device=device).item()  # some are missed only when they are used
+    except (AssertionError, RuntimeError) as e:
+        raise ValueError(f'--device {device}: {one_line(e)}') from e
+    return torch.device(device)
+
+
 def start_processes(device: str | None = None) -> Processes:
     """Joins the processes that torchrun (or Slurm) started: nccl between GPUs, gloo between CPUs.
 
@@ -120,6 +138,6 @@ def start_processes(device: str | None = None) -> Processes:
     try:
         info = init_distributed_device_so(
             device, dist_url='restartable://' if is_distributed_env() and dist.is_torchelastic_launched() else None)
-        return Processes(torch.device(info['device']), info['global_rank'], info['world_size'])
     except (AssertionError, RuntimeError) as e:
-        raise ValueError(f'--device {device}: {" ".join(str(e).split())}') from e
+        raise ValueError(f'--device {device}: {one_line(e)}') from e
+    return Processes(find_device(info['device']), info['global_rank'], info['world_size'])

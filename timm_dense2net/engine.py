@@ -142,14 +142,15 @@ def evaluate(
     Returns:
         loss, top1 and top5.
     """
-    total = torch.zeros(4, dtype=torch.double)
+    totals = []
     for logits, targets in _logits(model, batches, autocast):
         hits = logits.topk(min(5, logits.shape[1]), dim=1).indices == targets[:, None]
         loss = nn.functional.cross_entropy(logits, targets, reduction='sum')
         count = torch.full_like(loss, len(targets))
-        total = total.to(logits.device) + torch.stack((loss, hits[:, 0].sum(), hits.sum(), count)).double()
+        totals.append(torch.stack((loss, hits[:, 0].sum(), hits.sum(), count)))
         after_batch()
-    loss, top1, top5, count = reduce(total).tolist()
+    # Added up on the CPU: not every device has float64.
+    loss, top1, top5, count = reduce(torch.stack(totals).cpu().double().sum(0)).tolist()
     return dict(loss=loss / count, top1=100. * top1 / count, top5=100. * top5 / count)
 
 

@@ -23,7 +23,7 @@ from torchvision.transforms.v2 import functional as F
 from tqdm import tqdm
 
 from .data import BatchLoader, ImageArrays, load_arrays
-from .distributed import start_processes
+from .distributed import find_device
 from .engine import predict
 from .results import expected_calibration_error, fit_temperature, replace_file
 from .trained import TrainedModel, check_classes, load_trained, preprocessing_of
@@ -252,7 +252,7 @@ def main(argv: list[str] | None = None) -> int:
         if value is not None and value < 1:
             parser.error(f'--{name.replace("_", "-")} must be at least 1, got {value}')
     try:
-        device = start_processes(args.device).device
+        device = find_device(args.device)
         trained = load_trained(args.model, args.checkpoint)
         if args.reparam:
             trained = dataclasses.replace(trained, model=reparameterize_model(trained.model))

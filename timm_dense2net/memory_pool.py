@@ -11,7 +11,7 @@ from typing import Sequence
 import torch
 import torch.nn as nn
 
-__all__ = ['MemoryPool', 'drop_pool_of', 'pool_of']
+__all__ = ['MemoryPool', 'PoolOwner', 'pool_of']
 
 # Smaller tensors are left to the C library, which does not give their memory back at once.
 LARGE_BYTES = 1 << 20
@@ -60,6 +60,11 @@ def pool_of(module: nn.Module, x: torch.Tensor) -> MemoryPool:
     return pool
 
 
-def drop_pool_of(module: nn.Module) -> None:
-    """Gives the memory of the module's pool back, but for what is referred to."""
-    _pools.pop(module, None)
+class PoolOwner(nn.Module):
+    """A module that has a pool in training mode; in eval mode its memory is given back, but for what is referred to."""
+
+    def train(self, mode: bool = True) -> 'PoolOwner':
+        """As of every module."""
+        if not mode:
+            _pools.pop(self, None)
+        return super().train(mode)

@@ -46,7 +46,7 @@ _WEIGHT_KWARGS = frozenset(('pretrained_cfg', 'pretrained_cfg_overlay', 'cache_d
 _MAY_CHANGE = frozenset((
     'output', 'experiment', 'recipe', 'device', 'log_interval', 'checkpoint_interval', 'log_wandb', 'log_tensorboard',
     'dataset_download', 'data_dir', 'workers', 'batch_size', 'validation_batch_size', 'grad_accum_steps', 'epochs',
-    'early_stop_patience', 'channels_last', 'torchcompile', 'dist_bn', 'sync_bn'))
+    'early_stop_patience', 'channels_last', 'grad_checkpointing', 'torchcompile', 'dist_bn', 'sync_bn'))
 
 
 # Option, what it must be, and whether a value is that; text is as it stands in the message.
@@ -189,6 +189,8 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument('--amp', action=flag, default=False, help='mixed precision')
     group.add_argument('--amp-dtype', default='bfloat16', choices=('bfloat16', 'float16'))
     group.add_argument('--channels-last', action=flag, default=False)
+    group.add_argument('--grad-checkpointing', action=flag, default=False, help=(
+        'keep less for the backward pass and compute it again'))
     group.add_argument('--torchcompile', nargs='?', const='inductor', metavar='BACKEND', help='compile the model')
     group.add_argument('--sync-bn', action=flag, default=False, help='batch statistics over all processes (GPU)')
     group.add_argument('--dist-bn', default='reduce', choices=('reduce', 'broadcast', ''), help=(

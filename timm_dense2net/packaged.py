@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import sys
 from functools import lru_cache
@@ -16,6 +15,7 @@ from timm.models import PretrainedCfg, list_models
 
 from .checkpoint import load_weights, save_weights
 from .classes import CIFAR100_CLASSES
+from .hub import sha256_of
 
 __all__ = ['BEST_PACKAGED', 'packaged_file', 'check_pretrained', 'check_packaged', 'package_run', 'main']
 
@@ -64,7 +64,7 @@ def check_packaged(file: str) -> None:
         return
     if not path.is_file():
         raise RuntimeError(f'packaged weights {path.name} are not there: install timm_dense2net again')
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    digest = sha256_of(path)
     if digest != _read_sums().get(path.name):
         raise RuntimeError(
             f'packaged weights {path.name} are damaged: their SHA-256 is {digest}, and {SUMS_FILE.name} has '
@@ -105,7 +105,7 @@ def package_run(run: Path, recipe: str) -> Path:
     path = Path(packaged_file(f'{metadata["model"].split(".")[0]}.{recipe}_c100'))
     WEIGHTS_DIR.mkdir(exist_ok=True)
     save_weights(path, half, metadata)
-    sums = _read_sums() | {path.name: hashlib.sha256(path.read_bytes()).hexdigest()}
+    sums = _read_sums() | {path.name: sha256_of(path)}
     temporary = SUMS_FILE.with_name(f'.{SUMS_FILE.name}.tmp')
     temporary.write_text(''.join(f'{digest}  {name}\n' for name, digest in sorted(sums.items())), encoding='utf-8')
     temporary.replace(SUMS_FILE)

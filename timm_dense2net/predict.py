@@ -23,7 +23,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from timm.data import create_transform, get_img_extensions
 from tqdm import tqdm
 
-from .distributed import start_processes
+from .distributed import find_device
 from .packaged import BEST_PACKAGED
 from .results import replace_file
 from .trained import TrainedModel, load_trained
@@ -229,7 +229,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.output and not Path(args.output).parent.is_dir():
         parser.error(f'--output {args.output}: there is no folder {Path(args.output).parent}')
     try:
-        device = start_processes(args.device).device
+        device = find_device(args.device)
         trained = load_trained(args.model or (None if args.checkpoint else BEST_PACKAGED), args.checkpoint)
         sources = list(find_images(args.images))
         predictions = list(tqdm(

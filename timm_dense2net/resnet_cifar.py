@@ -23,7 +23,7 @@ from timm.layers import (
     SEModule,
     calculate_drop_path_rates,
     create_conv2d,
-    get_norm_act_layer,
+    make_divisible,
 )
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
@@ -31,7 +31,7 @@ from timm.models.res2net import Bottle2neck
 from timm.models.resnet import Bottleneck, ResNet
 from timm.models.resnetv2 import ResNetV2
 
-from .dense2net import CIFAR100_MEAN, CIFAR100_STD
+from .dense2net import CIFAR100_MEAN, CIFAR100_STD, find_norm_act_layer
 
 __all__ = ['CifarResNet', 'CifarResNetV2', 'PyramidNet']
 
@@ -217,6 +217,8 @@ class CifarResNetV2(CifarFeatures, ResNetV2):
             dtype=dtype,
         )
         self.stem = nn.Sequential()
+        # timm rounds the number of channels.
+        stem_chs = self.feature_info[0]['num_chs']
         self.stem.add_module('conv', create_conv2d(in_chans, stem_chs, 3, device=device, dtype=dtype))
         nn.init.kaiming_normal_(self.stem.conv.weight, mode='fan_out', nonlinearity='relu')
         self.feature_info = _at_cifar_strides(self.feature_info)
@@ -249,7 +251,7 @@ class PyramidBottleneck(nn.Module):
     ) -> None:
         dd = {'device': device, 'dtype': dtype}
         super().__init__()
-        norm_act_layer = get_norm_act_layer(norm_layer, act_layer=act_layer)
+        norm_act_layer = find_norm_act_layer(norm_layer, act_layer)
         out_chs = width * self.expansion
         self.norm1 = norm_act_layer(in_chs, apply_act=False, **dd)
         self.conv1 = create_conv2d(in_chs, width, 1, **dd)
@@ -285,6 +287,9 @@ class PyramidNet(CifarResNetV2):
         device: Device of the parameters.
         dtype: Dtype of the parameters.
         **kwargs: Further arguments of `CifarResNetV2`.
+
+    Raises:
+        ValueError: If the stem's or a stage's channels are no multiple of 8.
     """
 
     def __init__(
@@ -303,17 +308,22 @@ class PyramidNet(CifarResNetV2):
         depth = sum(layers)
         widths = [round(stem_chs + alpha * (i + 1) / depth) for i in range(depth)]
         ends = [sum(layers[:i + 1]) - 1 for i in range(len(layers))]
+        channels = tuple(widths[end] * PyramidBottleneck.expansion for end in ends)
+        # timm, whose class makes what is around the blocks, rounds the numbers of channels.
+        if any(chs != make_divisible(chs) for chs in (stem_chs, *channels)):
+            raise ValueError(
+                f'alpha {alpha} and stem_chs {stem_chs} give a stem of {stem_chs} channels and stages of {channels}: '
+                f'they must be multiples of 8')
         super().__init__(
             (0,) * len(layers),
-            tuple(widths[end] * PyramidBottleneck.expansion for end in ends),
+            channels,
             stem_chs=stem_chs,
             act_layer=act_layer,
             norm_layer=norm_layer,
             **dd,
             **kwargs,
         )
-        self.stem.add_module('norm', get_norm_act_layer(norm_layer, act_layer=act_layer)(
-            stem_chs, apply_act=False, **dd))
+        self.stem.add_module('norm', find_norm_act_layer(norm_layer, act_layer)(stem_chs, apply_act=False, **dd))
         self.stem_feat_idx = 1
         self.feature_info[0]['module'] = 'stem.norm'
         drop_path_rates = calculate_drop_path_rates(drop_path_rate, depth)
@@ -346,7 +356,7 @@ def _create(model_cls: Type[nn.Module], variant: str, pretrained: bool = False, 
 
 
 def _create_resnet(variant: str, pretrained: bool = False, **kwargs) -> CifarResNet:
-    return _create(CifarResNet, variant, pretrained, layers=(3, 3, 3), **kwargs)
+    return _create(CifarResNet, variant, pretrained, **dict(dict(layers=(3, 3, 3)), **kwargs))
 
 
 def _cfg(paper_ids: Tuple[str, ...], **kwargs) -> Dict[str, Any]:

@@ -22,6 +22,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 import yaml
 from timm.optim import list_optimizers
 from timm.utils import setup_default_logging
@@ -29,7 +30,8 @@ from tqdm import tqdm
 
 from .build import build_data, build_trainer
 from .dense2net import SplitHierarchyConv2d
-from .distributed import Processes, start_processes
+from .distributed import Processes, find_device
+from .hub import one_line
 from .options import SCHEDULES, build_parser, check_args, parse_args, saved_args
 from .results import replace_file, save_figure, write_csv
 from .runs import RunFolder, read_resumed_state
@@ -112,8 +114,6 @@ class SearchSpace:
             sched=trial.suggest_categorical('sched', self.scheds))
         if values['sched'] in ('plateau', 'step', 'multistep'):
             values['decay_rate'] = trial.suggest_categorical('decay_rate', (0.1, 0.2, 0.5))
-        if values['sched'] == 'plateau':
-            values.update(warmup_epochs=0, sched_on_updates=False)
         return dict(values, model_kwargs=model_kwargs)
 
 
@@ -291,15 +291,15 @@ class Worker:
     def _train(self, trial: Trial, args: argparse.Namespace) -> float:
         """Best top-1 accuracy on the held-out images, in percent."""
         state = read_resumed_state(args, self.processes)
-        trainer = build_trainer(args, self.data, self.processes, state, _TrialTrainer)
-        trainer.trial, trainer.stop = trial, self._stop
         try:
+            trainer = build_trainer(args, self.data, self.processes, state, _TrialTrainer)
+            trainer.trial, trainer.stop = trial, self._stop
             trainer.fit(RunFolder(args, start_epoch=trainer.epoch))
-        except TrainingError as e:
+        except (TrainingError, torch.OutOfMemoryError) as e:
             if isinstance(e.__cause__, OSError):
                 raise
-            trial.set_user_attr('error', str(e))
-            raise optuna.TrialPruned(str(e)) from e
+            trial.set_user_attr('error', one_line(e))
+            raise optuna.TrialPruned(one_line(e)) from None
         return trainer.best['top1']
 
 
@@ -310,6 +310,8 @@ def trial_args(base: argparse.Namespace, values: Mapping[str, Any]) -> argparse.
         setattr(args, key, dict(base.model_kwargs, **value) if key == 'model_kwargs' else value)
     if args.sched == 'step':
         args.decay_epochs = max(1, args.epochs // 3)
+    elif args.sched == 'plateau':
+        args.warmup_epochs, args.sched_on_updates = 0, False
     elif args.sched == 'multistep':
         # At half and three quarters, as in the DenseNet paper (https://arxiv.org/abs/1608.06993).
         args.decay_milestones = [max(1, args.epochs // 2), max(1, 3 * args.epochs // 4)]
@@ -416,9 +418,9 @@ def search(args: argparse.Namespace, train_args: argparse.Namespace) -> None:
         bn_size=train_args.model_kwargs.get('bn_size', 4))
     url = args.storage or f'sqlite:///{folder / "study.db"}'
     study = open_study(args.study, url, space, train_args.epochs, args.heartbeat)
-    with start_processes(train_args.device) as processes:
-        worker = Worker(study, train_args, space, folder, build_data(train_args), processes)
-        worker.run(args.trials)
+    # On its own, whatever started it: workers share the study and no trial.
+    processes = Processes(find_device(train_args.device))
+    Worker(study, train_args, space, folder, build_data(train_args), processes).run(args.trials)
     path = write_best(study, train_args, space, folder)
     write_trials(study, folder)
     draw_plots(study, folder)
@@ -436,7 +438,12 @@ def main(argv: list[str] | None = None) -> int:
     optuna.logging.enable_propagation()
     args, rest = _build_parser().parse_known_args(argv)
     try:
-        train_args = parse_args(rest)
+        # The trials' schedules are the search's: the default one, plateau, does not go with a warm-up.
+        train_args = parse_args([*rest, '--sched', next((s for s in args.scheds if s != 'plateau'), 'constant')])
+        for sched in args.scheds:
+            trial_args(train_args, dict(sched=sched))
+        if train_args.log_wandb:
+            raise ValueError('--log-wandb logs one run a process, and a search makes many: see its trials.csv')
         for option in ('resume', 'experiment', 'eval_only', 'res2net_scale'):
             if getattr(train_args, option):
                 raise ValueError(f'--{option.replace("_", "-")} is not for a search: the trials set it')

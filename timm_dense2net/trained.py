@@ -12,13 +12,13 @@ import torch
 import torch.nn as nn
 from safetensors import SafetensorError
 from timm.data import resolve_data_config
-from timm.models import is_model
 
 from .checkpoint import load_weights
 from .classes import CIFAR100_CLASSES
 from .convert import METADATA_KEY, reapply_conversion
 from .data import PREPROCESSING, ImageArrays, ImageReader
 from .hub import LOAD_ERRORS, check_weights, explain_hub_error, one_line
+from .names import check_model_name
 
 __all__ = [
     'TrainedModel', 'load_trained', 'load_pretrained_model', 'load_checkpoint_model', 'check_classes',
@@ -115,8 +115,7 @@ def load_checkpoint_model(path: str | Path, name: str | None = None) -> TrainedM
 
 def _create_for(name: str, weights: Mapping[str, torch.Tensor], model_args: dict[str, Any]) -> nn.Module:
     """Creates a model with as many classes and input channels as the weights have."""
-    if not is_model(name):
-        raise ValueError(f"timm has no model '{name}'")
+    check_model_name(name)
     shape = weights_shape(timm.get_pretrained_cfg(name).to_dict(), weights)
     return timm.create_model(name, **model_args | shape)
 

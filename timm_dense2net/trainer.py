@@ -27,6 +27,7 @@ from .checkpoint import save_state, save_weights
 from .data import BatchLoader
 from .distributed import Processes
 from .engine import TrainLoss, TrainStep, autocast_factory, evaluate
+from .hub import one_line
 from .rng import rng_state, set_rng_state
 from .training_form import set_training_form
 
@@ -324,7 +325,7 @@ class Trainer:
 
     def _train_metrics(self) -> dict[str, float]:
         world_size, batch_size = self.processes.world_size, self.args.batch_size
-        loss, right = (self.processes.sum(self.figures.double().mean(dim=1)) / world_size).tolist()
+        loss, right = (self.processes.sum(self.figures.cpu().double().mean(dim=1)) / world_size).tolist()
         images = len(self.train_loader) * batch_size * world_size
         return dict(
             loss=loss, top1=100. * right / batch_size, seconds=self.seconds['epoch'],
@@ -399,7 +400,7 @@ class Trainer:
                 if part is not None:
                     part.load_state_dict(state[name])
             except (RuntimeError, KeyError, ValueError) as e:
-                raise ValueError(f'the state is of another {name}: {" ".join(str(e).split())}') from e
+                raise ValueError(f'the state is of another {name}: {one_line(e)}') from e
         self._restore_memory_format()
         self.epoch, self.batches_done, self.updates = (
             position[key] for key in ('epoch', 'batches_done', 'updates'))
