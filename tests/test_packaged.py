@@ -121,7 +121,8 @@ def test_weights_that_fit_no_name_are_not_packaged(changed, message, tmp_path, m
 def test_the_weights_that_the_run_tested_are_packaged(tmp_path, monkeypatch):
     metadata = dict(model=NAME, num_classes='100', model_args='{}', class_names=json.dumps(CIFAR100_CLASSES))
     for name in ('last', 'best'):
-        save_weights(tmp_path / f'{name}.safetensors', timm.create_model(NAME).state_dict(), metadata | dict(epoch=name))
+        state_dict = timm.create_model(NAME).state_dict()
+        save_weights(tmp_path / f'{name}.safetensors', state_dict, metadata | dict(epoch=name))
     monkeypatch.setattr(packaged, 'WEIGHTS_DIR', tmp_path / 'weights')
     monkeypatch.setattr(packaged, 'SUMS_FILE', tmp_path / 'weights' / 'SHA256SUMS')
     assert load_weights(packaged.package_run(tmp_path, 'quick'))[1]['epoch'] == 'last'

@@ -62,8 +62,8 @@ BEGIN, END = '<!-- results:begin -->', '<!-- results:end -->'
 _NOT_OVERRIDES = frozenset((
     'recipe', 'model', 'seed', 'output', 'experiment', 'device', 'log_interval', 'checkpoint_interval', 'log_wandb',
     'log_tensorboard', 'dataset', 'data_dir', 'dataset_download', 'input_key', 'workers',
-    'validation_batch_size', 'channels_last', 'grad_checkpointing', 'torchcompile', 'sync_bn', 'dist_bn', 'num_classes', 'mean', 'std',
-    'batch_size', 'grad_accum_steps'))
+    'validation_batch_size', 'channels_last', 'grad_checkpointing', 'torchcompile', 'sync_bn', 'dist_bn', 'num_classes',
+    'mean', 'std', 'batch_size', 'grad_accum_steps'))
 
 
 @dataclasses.dataclass(frozen=True)
