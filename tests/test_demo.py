@@ -16,6 +16,7 @@ from PIL import Image
 import timm_dense2net  # noqa: F401
 from timm_dense2net.cam import class_activation_maps
 from timm_dense2net.demo import build_demo, explain, main, read_picture
+from timm_dense2net.dense2net import SplitHierarchyConv2d
 from timm_dense2net.drawings import DRAWINGS
 from timm_dense2net.packaged import BEST_PACKAGED
 from timm_dense2net.trained import load_trained
@@ -202,7 +203,9 @@ def test_in_a_browser(server, browser, tmp_path):
     DRAWINGS['sunflower']().save(tmp_path / 'sunflower.png')
     upload(tmp_path / 'sunflower.png')
     assert shown_class() == 'sunflower'
-    wait_for(lambda: len(find('#by_scale img')) >= 4 and len(find('#by_block img')) >= 3, 'the maps')
+    model = timm.create_model(BEST_PACKAGED, device='meta')
+    scales, blocks = next(m.scale for m in model.modules() if isinstance(m, SplitHierarchyConv2d)), len(model.feature_info) - 1
+    wait_for(lambda: len(find('#by_scale img')) >= scales and len(find('#by_block img')) >= blocks, 'the maps')
     loaded = browser.execute_script('return performance.getEntriesByType("resource").map(e => e.name)')
     assert not [name for name in loaded if not name.startswith((server, 'data:', 'blob:'))]
     if 'DEMO_SCREENSHOT' in os.environ:
@@ -212,7 +215,7 @@ def test_in_a_browser(server, browser, tmp_path):
     browser.set_window_size(500, 1600)
     rights = wait_for(lambda: browser.execute_script(
         'return [...document.querySelectorAll(".maps img")].map(e => e.getBoundingClientRect().right)'), 'the maps')
-    assert len(rights) == 7 and max(rights) <= browser.execute_script('return innerWidth'), rights
+    assert len(rights) == scales + blocks and max(rights) <= browser.execute_script('return innerWidth'), rights
     browser.set_window_size(1280, 1600)
 
     DRAWINGS['sea']().resize((9000, 9000)).save(tmp_path / 'large.jpg')
