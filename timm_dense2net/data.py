@@ -228,7 +228,6 @@ def load_images(
         img_size: int | None = None,
         input_key: str | None = None,
         target_key: str | None = None,
-        class_map: str | dict = '',
         memory_limit: int | None = _MEMORY_LIMIT,
         **preprocessing,
 ) -> ImageArrays | ImageReader:
@@ -245,7 +244,6 @@ def load_images(
             needed where the images are all of one size.
         input_key: Image column of a Hugging Face data set; found where not given.
         target_key: Label column of a Hugging Face data set; found where not given, ``fine_label`` before ``label``.
-        class_map: timm's class map, class name to index.
         memory_limit: Bytes that the decoded images may take; None for any number.
         **preprocessing: timm's ``interpolation``, ``crop_pct`` and ``crop_mode``, in place of ``PREPROCESSING``'s.
 
@@ -263,7 +261,7 @@ def load_images(
     else:
         source = open_dataset(
             dataset, split, data_dir=data_dir, download=download,
-            input_key=input_key, target_key=target_key, class_map=class_map)
+            input_key=input_key, target_key=target_key)
         images = ImageReader(source, f'{dataset or data_dir} {split}', img_size, **preprocessing)
         if memory_limit is None or fits_in_memory(len(images), images.image_shape, memory_limit):
             images = images.decode()
@@ -285,7 +283,6 @@ def open_dataset(
         download: bool = False,
         input_key: str | None = None,
         target_key: str | None = None,
-        class_map: str | dict = '',
 ) -> Dataset:
     """timm's ``create_dataset`` with the split's name and the columns found; see :func:`load_arrays`."""
     prefix, _, name = dataset.partition('/')
@@ -293,11 +290,11 @@ def open_dataset(
     if prefix == 'torch' and name:
         return _open_torch(dataset, split, data_dir, download)
     if prefix == 'hfds' and name:
-        return _open_hfds(dataset, split, data_dir, input_key, target_key, class_map)
+        return _open_hfds(dataset, split, data_dir, input_key, target_key)
     if prefix in ('hfids', 'tfds', 'wds') and name:
         raise ValueError(f'{dataset}: a streamed data set cannot be held in memory; use torch/, hfds/ or a folder.')
     root = data_dir if dataset in ('', 'folder') else dataset
-    return _open_folder(root, split, class_map)
+    return _open_folder(root, split)
 
 
 def _open_torch(dataset: str, split: str, data_dir: str | None, download: bool) -> Dataset:
@@ -329,7 +326,6 @@ def _open_hfds(
         cache_dir: str | None,
         input_key: str | None,
         target_key: str | None,
-        class_map: str | dict,
 ) -> Dataset:
     datasets, pyarrow = _optional_package('datasets', dataset), _optional_package('pyarrow', dataset)
     name = dataset.partition('/')[2]
@@ -345,7 +341,6 @@ def _open_hfds(
             split=found,
             input_key=_find_column(dataset, features, input_key, ('img', 'image'), datasets.Image),
             target_key=_find_column(dataset, features, target_key, _LABEL_COLUMNS, datasets.ClassLabel),
-            class_map=class_map,
         )
     except (FileNotFoundError, ConnectionError) as error:
         raise FileNotFoundError(f'{dataset}: {error}') from error
@@ -391,18 +386,16 @@ def _damaged_parquet(folder: str) -> str | None:
     return None
 
 
-def _open_folder(root: str | None, split: str, class_map: str | dict) -> Dataset:
+def _open_folder(root: str | None, split: str) -> Dataset:
     if not root or not os.path.isdir(root):
         raise FileNotFoundError(f'{root or "data_dir"}: not a folder of images, nor a data set name that timm knows.')
     found = next((name for name in _SPLIT_NAMES[split] if os.path.isdir(os.path.join(root, name))), None)
     if found is None:
         raise FileNotFoundError(f'{root}: no folder for the {split} split, one of {", ".join(_SPLIT_NAMES[split])}.')
     try:
-        return create_dataset('', root=os.path.join(root, found), search_split=False, class_map=class_map)
+        return create_dataset('', root=os.path.join(root, found), search_split=False)
     except RuntimeError as error:
         raise FileNotFoundError(str(error)) from error
-    except AssertionError as error:  # of a class map
-        raise ValueError(str(error)) from error
 
 
 def _load_digits(split: str, img_size: int) -> ImageArrays:
@@ -564,16 +557,14 @@ class BatchLoader:
         device: Where the images are held and the batches made.
         mean: Mean of each channel, on the scale of 0 to 1.
         std: Standard deviation of each channel, on the same scale.
-        train: Shuffle and augment. Otherwise the images come in order, each once: each process has its contiguous
+        train: Shuffle, augment and, as timm does, leave out a last batch that is not full. Otherwise the images come in order, each once: each process has its contiguous
             part of them, and the last batch may be short.
         augment: What is done to training batches; None for nothing.
         progressive: How much smaller they are in the first epochs; None for full size in all.
         seed: Of the order and the augmentation.
         rank: Of this process.
         world_size: Number of processes.
-        drop_last: Leave out a last batch that is not full; by default in training, as timm does.
         channels_last: Memory format of the batches.
-        dtype: Of the images.
         num_workers: Processes that decode images of a reader; 0 for this one.
 
     Raises:
@@ -595,21 +586,15 @@ class BatchLoader:
             seed: int = 0,
             rank: int = 0,
             world_size: int = 1,
-            drop_last: bool | None = None,
             channels_last: bool = False,
-            dtype: torch.dtype = torch.float32,
             num_workers: int = 0,
     ) -> None:
         if batch_size < 1 or batch_size % world_size:
             raise ValueError(f'batch_size {batch_size} cannot be divided among {world_size} processes.')
         if seed < 0:
             raise ValueError(f'seed must be 0 or more, got {seed}.')
-        self.drop_last = train if drop_last is None else drop_last
-        if train and self.drop_last and len(images) < batch_size:
+        if train and len(images) < batch_size:
             raise ValueError(f'{len(images)} images do not fill one batch of {batch_size}.')
-        if train and not self.drop_last and len(images) % batch_size % world_size:
-            raise ValueError(f'the last batch of {len(images) % batch_size} images cannot be divided among '
-                             f'{world_size} processes; drop it.')
         self.device = torch.device(device)
         self.batch_size = batch_size
         self.train = train
@@ -617,7 +602,6 @@ class BatchLoader:
         self.rank = rank
         self.world_size = world_size
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
-        self.dtype = dtype
         self.num_workers = num_workers
         self.num_classes = images.num_classes
         self.image_size = tuple(images.image_shape[1:])
@@ -638,7 +622,7 @@ class BatchLoader:
         else:
             start, stop = self._eval_bounds()
             images, batch = stop - start, self.batch_size // self.world_size
-        return images // batch if self.drop_last else math.ceil(images / batch)
+        return images // batch if self.train else math.ceil(images / batch)
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Batches of one epoch, from a step on.
@@ -655,7 +639,7 @@ class BatchLoader:
         for images, targets in batches:
             if self.progressive is not None:
                 images = self.progressive(images, epoch)
-            yield images.to(dtype=self.dtype, memory_format=self.memory_format), targets
+            yield images.to(memory_format=self.memory_format), targets
 
     def _eval_bounds(self) -> tuple[int, int]:
         total = len(self.labels)

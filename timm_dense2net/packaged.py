@@ -88,6 +88,7 @@ def package_run(run: Path, recipe: str) -> Path:
     """
     # Here, as these import the models and they this file.
     from .convert import METADATA_KEY
+    from .results import replace_file
     from .trained import tested_weights
     state_dict, metadata = load_weights(tested_weights(run))
     if 'model' not in metadata or metadata.get('num_classes') != '100':
@@ -106,9 +107,8 @@ def package_run(run: Path, recipe: str) -> Path:
     WEIGHTS_DIR.mkdir(exist_ok=True)
     save_weights(path, half, metadata)
     sums = _read_sums() | {path.name: sha256_of(path)}
-    temporary = SUMS_FILE.with_name(f'.{SUMS_FILE.name}.tmp')
-    temporary.write_text(''.join(f'{digest}  {name}\n' for name, digest in sorted(sums.items())), encoding='utf-8')
-    temporary.replace(SUMS_FILE)
+    with replace_file(SUMS_FILE) as temporary:
+        temporary.write_text(''.join(f'{digest}  {name}\n' for name, digest in sorted(sums.items())), encoding='utf-8')
     return path
 
 

@@ -278,11 +278,10 @@ def write_final_report(
         logits: torch.Tensor,
         targets: torch.Tensor,
         class_names: Sequence[str],
-        superclass: Mapping[str, str] | None = None,
 ) -> dict[str, float]:
     """Writes the final account of a classifier on a test set.
 
-    Files: `report.json` (the figures returned), `per_class.csv`, `per_superclass.csv` (where superclasses are known),
+    Files: `report.json` (the figures returned), `per_class.csv`, `per_superclass.csv` (of CIFAR-100's classes),
     `confusion_matrix.csv` (rows true, columns predicted, counts) and `confusion_matrix.png`.
 
     Args:
@@ -290,7 +289,6 @@ def write_final_report(
         logits: (N, C) unnormalised scores.
         targets: (N,) class indices.
         class_names: C names.
-        superclass: Class name to superclass name; found by itself for CIFAR-100's classes.
 
     Returns:
         top1, top5 and superclass_top1 in percent, ece (15 bins) as a fraction, samples.
@@ -302,11 +300,7 @@ def write_final_report(
     class_names = tuple(class_names)
     if len(class_names) != logits.shape[1]:
         raise ValueError(f'{len(class_names)} class names for {logits.shape[1]} logits')
-    if superclass is None and class_names == CIFAR100_CLASSES:
-        superclass = CIFAR100_SUPERCLASS_OF
-    missing = [name for name in class_names if superclass and name not in superclass]
-    if missing:
-        raise ValueError(f'no superclass is given for {", ".join(missing)}')
+    superclass = CIFAR100_SUPERCLASS_OF if class_names == CIFAR100_CLASSES else None
 
     run_dir = Path(run_dir)
     logits, targets = logits.detach().float().cpu(), targets.cpu()
