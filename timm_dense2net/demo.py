@@ -18,13 +18,14 @@ from typing import Any
 
 import timm
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from timm.data import create_transform
 
 from .cam import class_activation_maps
 from .dense2net import DenseBlock
 from .drawings import DRAWINGS
 from .packaged import BEST_PACKAGED
+from .pictures import read_picture
 from .trained import TrainedModel, load_trained
 
 __all__ = ['build_demo', 'explain', 'main']
@@ -32,6 +33,7 @@ __all__ = ['build_demo', 'explain', 'main']
 _VIEW_SIZE = 288  # of the maps, in pixels
 _TOPK = 5
 _MAX_UPLOAD = '64mb'
+_MAX_SIDE = 1024  # of a JPEG picture, roughly: larger ones are decoded at a fraction of their size
 
 # Galleries as high as what is in them.
 # Two maps a row on a telephone, where four would be cut off, with their captions.
@@ -47,25 +49,6 @@ What is in the picture, and where the net found it. A dense layer passes its cha
 convolutions: the first split passes untouched, every further one has seen two pixels more. A map's caption tells how
 much its split has seen, and its share of the whole.
 '''
-
-
-def read_picture(path: str | Path, size: int = 1024) -> Image.Image:
-    """Reads a picture as RGB, upright; a JPEG that is much larger than `size` is decoded at a fraction of its size.
-
-    Raises:
-        ValueError: If it is no picture, is damaged or has more pixels than Pillow lets through.
-    """
-    try:
-        with Image.open(path) as image:
-            image.draft('RGB', (size, size))
-            return ImageOps.exif_transpose(image).convert('RGB')
-    except UnidentifiedImageError:
-        raise ValueError('This file is not a picture.') from None
-    except Image.DecompressionBombError:
-        limit = 2 * Image.MAX_IMAGE_PIXELS // 10 ** 6
-        raise ValueError(f'This picture has more than {limit} million pixels.') from None
-    except (OSError, SyntaxError, ValueError) as e:
-        raise ValueError(f'This picture cannot be read: {e}') from e
 
 
 def overlay(view: Image.Image, activation: torch.Tensor) -> Image.Image:
@@ -132,19 +115,13 @@ def build_demo(checkpoints: Sequence[str | Path] = ()) -> Any:
     os.environ['GRADIO_ANALYTICS_ENABLED'] = 'False'
     import gradio as gr
 
-    class Picture(gr.Image):
-        """gradio's image, with our own words for a file that is none."""
-
-        def get_block_name(self) -> str:
-            return 'image'
-
-        def preprocess(self, payload: Any) -> Image.Image | None:
-            if payload is None or not payload.path:
-                return None
-            try:
-                return read_picture(payload.path)
-            except ValueError as e:
-                raise gr.Error(str(e), title='No result', print_exception=False) from e
+    def preprocess(payload: Any) -> Image.Image | None:
+        if payload is None or not payload.path:
+            return None
+        try:
+            return read_picture(payload.path, size=_MAX_SIDE)
+        except ValueError as e:
+            raise gr.Error(f'This file cannot be used: {e}.', title='No result', print_exception=False) from e
 
     load = functools.lru_cache(maxsize=4)(load_trained)
     sources = {str(path): (None, str(path)) for path in checkpoints}
@@ -165,7 +142,9 @@ def build_demo(checkpoints: Sequence[str | Path] = ()) -> Any:
         gr.Markdown(_INTRODUCTION)
         with gr.Row():
             with gr.Column(scale=2):
-                picture = Picture(label='Picture', sources=['upload', 'clipboard'], height=300, elem_id='picture')
+                picture = gr.Image(label='Picture', sources=['upload', 'clipboard'], height=300, elem_id='picture')
+                # For our own words about a file that is no picture. gradio writes a .pyi file beside every subclass.
+                picture.preprocess = preprocess
                 model = gr.Dropdown(list(sources), value=first, label='Model', elem_id='model')
                 gr.Examples(_draw_examples(Path(demo.GRADIO_CACHE) / 'dense2net_drawings'), picture, label='Drawings')
             with gr.Column(scale=3):

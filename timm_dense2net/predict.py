@@ -19,12 +19,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 from timm.data import create_transform, get_img_extensions
 from tqdm import tqdm
 
 from .distributed import find_device
 from .packaged import BEST_PACKAGED
+from .pictures import read_picture
 from .results import replace_file
 from .trained import TrainedModel, load_trained
 
@@ -112,14 +113,9 @@ def _read(source: Source, transform: Callable[[Image.Image], torch.Tensor], mode
     if source.error is not None:
         return source.error
     try:
-        with Image.open(source.name if source.data is None else io.BytesIO(source.data)) as image:
-            return transform(ImageOps.exif_transpose(image).convert(mode))
-    except UnidentifiedImageError:
-        return 'not an image'
-    except OSError as e:
-        return e.strerror or f'cannot be read: {e}'
-    except (ValueError, SyntaxError, Image.DecompressionBombError) as e:
-        return f'cannot be read: {e}'
+        return transform(read_picture(source.name if source.data is None else io.BytesIO(source.data), mode))
+    except ValueError as e:
+        return str(e)
 
 
 @torch.inference_mode()
