@@ -15,7 +15,8 @@ import yaml
 from training_runs import (
     arguments, assert_same_run, finish, kill, read_state, read_summary_rows, run_here, start, wait_for)
 
-from timm_dense2net.checkpoint import CHECKPOINT_FILE, PREVIOUS_FILE
+from timm_dense2net.checkpoint import CHECKPOINT_FILE, PREVIOUS_FILE, load_weights
+from timm_dense2net.trainer import Trainer
 
 
 @pytest.fixture(scope='module')
@@ -171,6 +172,29 @@ def test_weight_that_is_not_finite_is_not_saved(tmp_path, capsys):
     assert all(tensor.isfinite().all() for tensor in read_state(tmp_path / 'run')['model'].values())
 
 
+def _break_a_weight():
+    """A weight breaks in the last step of the second epoch of five batches, where no loss shows it any more."""
+    after_update = Trainer._after_update
+
+    def broken(self):
+        after_update(self)
+        if self.updates == 10:
+            next(self.model.parameters()).data.view(-1)[0] = math.nan
+    Trainer._after_update = broken
+
+
+def test_weight_that_is_not_finite_at_an_epochs_end(tmp_path):
+    argv = arguments(tmp_path, '--checkpoint-interval', '0', '--log-interval', '1')
+    process = start(argv, tmp_path / 'log', _break_a_weight)
+    assert finish(process) == 1
+    log = (tmp_path / 'log').read_text()
+    assert 'is not finite after epoch 2, step 5 of 5' in log and 'Traceback' not in log
+    assert len(read_summary_rows(tmp_path / 'run')) == 1
+    for name in ('last', 'best'):
+        weights, metadata = load_weights(tmp_path / 'run' / f'{name}.safetensors')
+        assert metadata['epoch'] == '0' and all(tensor.isfinite().all() for tensor in weights.values())
+
+
 def _limit_files():
     """Writes beyond 100 kB fail, as on a full disk."""
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -250,7 +274,19 @@ def test_state_of_other_data_is_refused(tmp_path, capsys):
     path = interrupted(tmp_path)
     assert read_state(path.parent)['position']['batches_done']
     assert run_here(['--resume', path.parent, '-b', '64']) == 1
-    assert 'an epoch of 5 batches, now an epoch has 22' in capsys.readouterr().err
+    message = 'an epoch of 5 batches of 256 images, now an epoch has'
+    assert f'{message} 22 batches of 64 images' in capsys.readouterr().err
+    assert run_here(['--resume', path.parent, '-b', '255']) == 1
+    assert f'{message} 5 batches of 255 images' in capsys.readouterr().err
+
+
+def test_a_run_goes_on_in_its_folder(tmp_path, capsys):
+    path = interrupted(tmp_path)
+    for more in (['--output', tmp_path / 'elsewhere'], ['--experiment', 'other']):
+        assert run_here(['--resume', path.parent, *more]) == 2
+        error = capsys.readouterr().err
+        assert 'goes on in its own folder' in error and str(more[1]) in error
+    assert run_here(['--resume', path.parent, '--output', tmp_path, '--experiment', 'run', '--epochs', '1']) == 0
 
 
 @pytest.mark.parametrize('sched, amp_dtype', [('cosine', 'bfloat16'), ('none', 'float16')])

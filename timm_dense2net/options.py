@@ -29,6 +29,7 @@ __all__ = [
     'public_model_kwargs', 'recipe_name', 'ARGS_FILE', 'PLACES', 'SCHEDULES']
 
 ARGS_FILE = 'args.yaml'
+_OUTPUT = './output'
 
 # timm has no list of them; 'plateau' is torch's here, as its state can be saved.
 SCHEDULES = ('plateau', 'cosine', 'tanh', 'step', 'multistep', 'poly', 'wsd', 'rsqrt', 'constant', 'none')
@@ -88,7 +89,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     group = parser.add_argument_group('Run')
     group.add_argument('--recipe', metavar='NAME', help=f'packaged recipe or YAML file ({", ".join(list_recipes())})')
-    group.add_argument('--output', default='./output', metavar='DIR', help='folder of run folders (%(default)s)')
+    group.add_argument('--output', default=_OUTPUT, metavar='DIR', help='folder of run folders (%(default)s)')
     group.add_argument('--experiment', metavar='NAME', help="run folder's name (date-model-recipe)")
     group.add_argument(
         '--resume', metavar='PATH', help="run folder or checkpoint; 'auto': the run of --experiment where there is one")
@@ -166,7 +167,8 @@ def build_parser() -> argparse.ArgumentParser:
         'step: epochs between decays (90); wsd, rsqrt: epochs of the decay, below 1 a part of all (0.2)'))
     group.add_argument('--decay-milestones', type=int, nargs='+', default=[90, 180, 270], metavar='N')
     group.add_argument('--cooldown-epochs', type=int, default=0, metavar='N', help=(
-        "plateau: epochs after a decay that do not count; the others: epochs at --min-lr after the schedule's end"))
+        'plateau: epochs after a decay that do not count; cosine, tanh, poly, wsd, rsqrt: epochs at --min-lr after '
+        "the schedule's end"))
     group.add_argument('--early-stop-patience', type=int, default=25, metavar='N', help=(
         'stop after N epochs without a better validation top-1, 0: never (%(default)s)'))
 
@@ -319,10 +321,19 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.set_defaults(**load_recipe(early.recipe, parser))
     args = parser.parse_args(argv)
     if saved:
+        _check_same_folder(early, saved)
         args.output, args.experiment = str(saved.parent.parent), saved.parent.name
         _check_unchanged(args, parser, saved)
     check_args(args)
     return args
+
+
+def _check_same_folder(early: argparse.Namespace, saved: Path) -> None:
+    output, experiment = early.output or saved.parent.parent, early.experiment or saved.parent.name
+    if Path(output, experiment).resolve() != saved.parent:
+        raise ValueError(
+            f'--resume {early.resume} goes on in its own folder, not in {Path(output, experiment)}: leave out --output'
+            f' and --experiment, or begin a new run with --initial-checkpoint {saved.parent}/last.safetensors')
 
 
 def _check_unchanged(args: argparse.Namespace, parser: argparse.ArgumentParser, saved: Path) -> None:
@@ -337,9 +348,8 @@ def _check_unchanged(args: argparse.Namespace, parser: argparse.ArgumentParser, 
 
 def _early_parser() -> argparse.ArgumentParser:
     parser = _Parser(add_help=False, allow_abbrev=False)
-    for name in ('--recipe', '--resume', '--experiment'):
+    for name in ('--recipe', '--resume', '--experiment', '--output'):
         parser.add_argument(name)
-    parser.add_argument('--output', default='./output')
     return parser
 
 
@@ -350,7 +360,7 @@ def _saved_args_file(early: argparse.Namespace) -> Path | None:
     if early.resume == 'auto':
         if not early.experiment:
             raise ValueError('--resume auto needs --experiment to know which run is meant')
-        folder = Path(early.output, early.experiment)
+        folder = Path(early.output or _OUTPUT, early.experiment)
         begun = any((folder / name).exists() for name in (CHECKPOINT_FILE, PREVIOUS_FILE))
         return folder.resolve() / ARGS_FILE if begun else None
     given = Path(early.resume)

@@ -279,6 +279,18 @@ class Trainer:
             raise TrainingError(f'the loss is {losses[step].item()} at {self._where(step + 1)}')
         return losses[-1].item() if len(losses) else math.nan
 
+    def _check_weights(self) -> None:
+        """Checks the weights as they are after the last step.
+
+        Raises:
+            TrainingError: If one is not finite.
+        """
+        weights = {name: tensor for name, tensor in self.model.state_dict().items() if tensor.is_floating_point()}
+        finite = torch.stack([tensor.isfinite().all() for tensor in weights.values()]).tolist()
+        if not all(finite):
+            name = list(weights)[finite.index(False)]
+            raise TrainingError(f'{name} is not finite after {self._where(self.batches_done)}')
+
     def _where(self, step: int) -> str:
         return (
             f'epoch {self.epoch + 1}, step {step} of {len(self.train_loader)}, learning rate {self.lr:.3g}; the last'
@@ -286,6 +298,7 @@ class Trainer:
 
     def _evaluate(self) -> None:
         self._tick('train')
+        self._check_weights()
         if self.processes.distributed and self.args.dist_bn:
             for model in dict.fromkeys((self.model, self.model_to_keep)):
                 distribute_bn(model, self.processes.world_size, self.args.dist_bn == 'reduce')
@@ -348,11 +361,8 @@ class Trainer:
         if self.batches_done:
             self._tick('train')
         self._check_loss()
+        self._check_weights()
         state = self.state_dict()
-        names = [name for name, tensor in state['model'].items() if tensor.is_floating_point()]
-        finite = torch.stack([state['model'][name].isfinite().all() for name in names]).tolist()
-        if not all(finite):
-            raise TrainingError(f'{names[finite.index(False)]} is not finite after {self._where(self.batches_done)}')
         if self.folder is not None:
             save_state(self.folder.path, state)
 
@@ -360,7 +370,7 @@ class Trainer:
         """All that the rest of the run depends on; every process must take part."""
         return dict(
             position=dict(epoch=self.epoch, batches_done=self.batches_done, updates=self.updates),
-            batches_per_epoch=len(self.train_loader),
+            epoch_size=self._epoch_size(),
             model=self.model.state_dict(),
             ema=self.ema.module.state_dict() if self.ema is not None else None,
             optimizer=self.optimizer.state_dict(),
@@ -370,6 +380,9 @@ class Trainer:
             seconds=self.seconds,
             processes=self.processes.gather(self._process_state()),
         )
+
+    def _epoch_size(self) -> str:
+        return f'{len(self.train_loader)} batches of {self.train_loader.batch_size} images'
 
     def _process_state(self) -> dict[str, Any]:
         """What differs between processes: random states, figures so far, running batch-norm statistics."""
@@ -386,10 +399,10 @@ class Trainer:
             ValueError: If the state belongs to another model or optimizer, or within an epoch to other data.
         """
         position = state['position']
-        if position['batches_done'] and state['batches_per_epoch'] != len(self.train_loader):
+        if position['batches_done'] and state['epoch_size'] != self._epoch_size():
             raise ValueError(
-                f'the state was saved within an epoch of {state["batches_per_epoch"]} batches, now an epoch has'
-                f' {len(self.train_loader)}: go on with the same data and batch size')
+                f'the state was saved within an epoch of {state["epoch_size"]}, now an epoch has {self._epoch_size()}: go'
+                ' on with the same data and batch size')
         parts = dict(
             model=self.model, ema=self.ema and self.ema.module, optimizer=self.optimizer,
             plateau=self.scheduler if isinstance(self.scheduler, ReduceLROnPlateau) else None, scaler=self.scaler)
