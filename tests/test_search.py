@@ -1,4 +1,5 @@
 """The hyper-parameter search: what it may propose, what it cuts short, and workers that share a study, one killed."""
+import contextlib
 import csv
 import os
 import pwd
@@ -10,6 +11,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -24,8 +26,9 @@ from timm_dense2net.checkpoint import load_weights  # noqa: E402
 from timm_dense2net.dense2net import SplitHierarchyConv2d  # noqa: E402
 from timm_dense2net.options import parse_args  # noqa: E402
 from timm_dense2net.search import (  # noqa: E402
-    SearchSpace, ValidSampler, Worker, draw_plots, main, open_study, trial_args, write_best, write_trials)
-from timm_dense2net.trainer import Interrupted  # noqa: E402
+    SearchSpace, ValidSampler, Worker, _TrialTrainer, draw_plots, main, open_study, trial_args, write_best,
+    write_trials)
+from timm_dense2net.trainer import Interrupted, Trainer  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings('ignore::optuna.exceptions.ExperimentalWarning')
 
@@ -135,6 +138,28 @@ def test_successive_halving(tmp_path):
     assert all(e == 1 for e in epochs[3:]) and set(epochs) <= {1, 3, 9}
 
 
+@pytest.mark.parametrize('epochs, last', [(1, 0), (2, 1), (3, 2), (9, 3), (30, 9), (100, 33)])
+def test_what_is_almost_trained_is_not_ended(epochs, last, monkeypatch):
+    monkeypatch.setattr(Trainer, '_end_epoch', lambda self: None)
+    trainer = _TrialTrainer.__new__(_TrialTrainer)
+    trainer.epochs, trainer.last = epochs, dict(top1=1.)
+    trainer.trial = SimpleNamespace(report=lambda *_: None, should_prune=lambda: True)
+    ended = []
+    for trainer.epoch in range(1, epochs + 1):
+        with contextlib.suppress(optuna.TrialPruned):
+            trainer._end_epoch()
+            continue
+        ended.append(trainer.epoch)
+    assert ended == list(range(1, last + 1))
+
+
+@pytest.mark.parametrize('opt, adaptive', [('nesterov', False), ('sgdw', False), ('lamb', True)])
+def test_rates_of_other_optimizers(opt, adaptive):
+    trial = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0)).ask()
+    SearchSpace(opts=(opt,)).suggest(trial)
+    assert ('lr_adaptive' in trial.params) == adaptive and ('lr' in trial.params) != adaptive
+
+
 def test_reports_and_recipe(tmp_path):
     space, base = SearchSpace(), base_args('--epochs', '3', '--output', str(tmp_path))
     study = optuna.create_study(direction='maximize', study_name='study', sampler=ValidSampler(space, seed=1))
@@ -170,7 +195,8 @@ def test_reports_and_recipe(tmp_path):
      '--sched constant'),
     (['--study', 's', '--recipe', 'nono', '--hold-out', '9'], 'no recipe'),
     (['--study', 's', '--recipe', 'nano', '--hold-out', '9', '--trials', '-1'], '--trials must be at least 0'),
-    (['--study', 's', '--recipe', 'nano', '--hold-out', '9', '--storage', 'nosql://me:secret@host/db'], 'nosql://...@host/db'),
+    (['--study', 's', '--recipe', 'nano', '--hold-out', '9', '--storage', 'nosql://me:secret@host/db'],
+     'nosql://...@host/db'),
     (['--study', 's', '--recipe', 'nano', '--hold-out', '9', '--scales', '3'], 'none of the cardinalities'),
 ])
 def test_errors(args, message, tmp_path, capsys):

@@ -59,7 +59,7 @@ _NOT_IN_RECIPE = (
     'recipe', 'output', 'experiment', 'device', 'data_dir', 'dataset_download', 'workers', 'hold_out', 'log_interval',
     'checkpoint_interval', 'log_wandb', 'log_tensorboard')
 
-_SGD = ('sgd', 'momentum')
+_SGD = ('momentum', 'nesterov', 'nesterovw')  # and those with sgd in their names
 _LR_RANGES = {'lr': (0.01, 0.5), 'lr_adaptive': (1e-4, 1e-2)}
 
 
@@ -108,7 +108,7 @@ class SearchSpace:
             scale=trial.suggest_categorical('scale', self.scales),
             cardinality=trial.suggest_categorical('cardinality', self.cardinalities))
         opt = trial.suggest_categorical('opt', self.opts)
-        lr = 'lr' if opt in _SGD else 'lr_adaptive'
+        lr = 'lr' if 'sgd' in opt or opt in _SGD else 'lr_adaptive'
         values = dict(
             opt=opt, lr=trial.suggest_float(lr, *_LR_RANGES[lr], log=True),
             sched=trial.suggest_categorical('sched', self.scheds))
@@ -169,7 +169,12 @@ def open_study(name: str, url: str, space: SearchSpace, epochs: int, heartbeat: 
         heartbeat_stale_trial_callback=_give_out_again)
     return optuna.create_study(
         study_name=name, storage=storage, load_if_exists=True, direction='maximize', sampler=ValidSampler(space),
-        pruner=optuna.pruners.SuccessiveHalvingPruner(min_resource=max(1, epochs // 9), reduction_factor=3))
+        pruner=optuna.pruners.SuccessiveHalvingPruner(min_resource=_first_rung(epochs), reduction_factor=3))
+
+
+def _first_rung(epochs: int) -> int:
+    """Epochs after which a trial may first end, a ninth of all."""
+    return max(1, epochs // 9)
 
 
 with warnings.catch_warnings():
@@ -211,7 +216,8 @@ class _TrialTrainer(Trainer):
     def _end_epoch(self) -> None:
         super()._end_epoch()
         self.trial.report(self.last['top1'], self.epoch)
-        if self.trial.should_prune():
+        # Not later, as the pruner would: what is almost trained is trained and counts.
+        if self.epoch < self.epochs and self.epoch <= 3 * _first_rung(self.epochs) and self.trial.should_prune():
             raise optuna.TrialPruned(f'after {self.epoch} epochs')
 
 
