@@ -252,6 +252,20 @@ def test_images_are_brought_to_the_size_the_model_was_trained_at(folder, tmp_pat
     assert found[0] != found[1]
 
 
+def test_images_that_are_no_squares_stay_as_they_are(tmp_path):
+    for name, colour in (('green', (0, 200, 0)), ('red', (200, 0, 0))):
+        (tmp_path / 'test' / name).mkdir(parents=True)
+        Image.new('RGB', (32, 48), colour).save(tmp_path / 'test' / name / '0.png')
+    path = tmp_path / 'model.safetensors'
+    save_model(path, **full_metadata(input_size='[3, 48, 32]'))
+    call = ['--checkpoint', str(path), '--dataset', str(tmp_path), '--device', 'cpu', '--calibration']
+    assert main([*call, '--output', str(tmp_path / 'out.json')]) == 0
+    arrays = load_arrays(str(tmp_path), 'test')
+    assert arrays.images.shape == (2, 3, 48, 32)
+    expected = evaluate(load_trained(checkpoint=path), arrays, calibration=True)
+    assert json.loads((tmp_path / 'out.json').read_text()) == expected
+
+
 def test_weights_without_metadata_need_the_models_name(folder, tmp_path, capsys):
     path = tmp_path / 'model.safetensors'
     save_model(path)

@@ -170,6 +170,8 @@ def test_evaluation_only(tmp_path, capsys):
     evaluation = ['--eval-only', '--checkpoint', tmp_path / 'nameless.safetensors', '--dataset', 'digits']
     assert run_here([*evaluation, '--model', 'test_resnet']) == 0
     assert f'test top-1 {result["test_top1"]:.2f}' in capsys.readouterr().out
+    assert run_here([*evaluation, '--model', 'test_resnet', '--model-kwargs', 'channels=(8,16,24,32)']) == 1
+    assert 'does not fit test_resnet' in capsys.readouterr().err
 
 
 def test_same_seed_same_bits_other_seed_other_bits(tmp_path):

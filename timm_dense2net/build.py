@@ -278,7 +278,7 @@ def build_trained(args: argparse.Namespace) -> tuple[nn.Module, RunData]:
         ValueError: If either does not fit.
     """
     says_model = args.checkpoint and 'model' in load_weights(weights_file(args.checkpoint))[1]
-    trained = load_trained(None if says_model else args.model, args.checkpoint)
+    trained = load_trained(None if says_model else args.model, args.checkpoint, args.model_kwargs)
     args.num_classes = trained.model.num_classes
     _, height, width = trained.data_config['input_size']
     if args.img_size is None and height == width:

@@ -256,7 +256,8 @@ def main(argv: list[str] | None = None) -> int:
         trained = load_trained(args.model, args.checkpoint)
         if args.reparam:
             trained = dataclasses.replace(trained, model=reparameterize_model(trained.model))
-        img_size = args.img_size or trained.data_config['input_size'][-1]
+        _, height, width = trained.data_config['input_size']
+        img_size = args.img_size or (width if height == width else None)
         arrays = load_arrays(
             args.dataset, 'test', data_dir=args.data_dir, img_size=img_size, input_key=args.input_key,
             target_key=args.target_key, **preprocessing_of(trained.data_config))

@@ -43,26 +43,31 @@ class TrainedModel:
     metadata: Mapping[str, str]
 
 
-def load_trained(model: str | None = None, checkpoint: str | Path | None = None) -> TrainedModel:
+def load_trained(
+        model: str | None = None,
+        checkpoint: str | Path | None = None,
+        model_kwargs: dict[str, Any] | None = None,
+) -> TrainedModel:
     """Loads a model by name with its pretrained weights, or from a run folder or safetensors file.
 
     Args:
         model: timm model name, `hf-hub:` or `local-dir:` name; with `checkpoint` only needed where the file does not
             say which model it is of.
         checkpoint: Run folder (its last weights) or safetensors file.
+        model_kwargs: Further arguments of the model.
 
     Raises:
         FileNotFoundError: If there is no such file.
         ValueError: If there is no such model, it has no weights, or the weights do not fit.
     """
     if checkpoint is not None:
-        return load_checkpoint_model(checkpoint, model)
+        return load_checkpoint_model(checkpoint, model, model_kwargs)
     if model is None:
         raise ValueError('name a model or a checkpoint')
-    return load_pretrained_model(model)
+    return load_pretrained_model(model, model_kwargs)
 
 
-def load_pretrained_model(name: str) -> TrainedModel:
+def load_pretrained_model(name: str, model_kwargs: dict[str, Any] | None = None) -> TrainedModel:
     """Loads a model with the weights its name stands for.
 
     Raises:
@@ -70,7 +75,7 @@ def load_pretrained_model(name: str) -> TrainedModel:
     """
     try:
         try:
-            model = timm.create_model(name, pretrained=True).eval()
+            model = timm.create_model(name, pretrained=True, **model_kwargs or {}).eval()
         except SafetensorError:
             check_weights(name)  # names what is torn, and drops it from the cache
             raise
@@ -84,12 +89,17 @@ def load_pretrained_model(name: str) -> TrainedModel:
     return TrainedModel(name, model, resolve_data_config({}, model=model), _names(class_names, model.num_classes), {})
 
 
-def load_checkpoint_model(path: str | Path, name: str | None = None) -> TrainedModel:
+def load_checkpoint_model(
+        path: str | Path,
+        name: str | None = None,
+        model_kwargs: dict[str, Any] | None = None,
+) -> TrainedModel:
     """Builds the model that a safetensors file is of, and loads the weights.
 
     Args:
         path: Run folder (its last weights) or safetensors file.
         name: timm model name, where the file's metadata does not say it.
+        model_kwargs: Further arguments of the model.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -101,7 +111,7 @@ def load_checkpoint_model(path: str | Path, name: str | None = None) -> TrainedM
     if name is None:
         raise ValueError(f'{path} does not say which model it is of: name it with --model')
     try:
-        model = _create_for(name, weights, json.loads(metadata.get('model_args', '{}')))
+        model = _create_for(name, weights, json.loads(metadata.get('model_args', '{}')) | (model_kwargs or {}))
         if METADATA_KEY in metadata:
             reapply_conversion(model, json.loads(metadata[METADATA_KEY]))
         model.load_state_dict(weights)
