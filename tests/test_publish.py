@@ -239,6 +239,15 @@ def test_nothing_of_the_machine_and_no_pickle_is_published(run):
     assert json.loads((folder / 'config.json').read_text())[DIGEST_KEY] == sha256_of(folder / 'model.safetensors')
 
 
+def test_a_run_by_several_processes_is_trained_again_by_as_many(run):
+    command = 'train_cifar.py --recipe recipe.yaml'
+    assert f'`python {command}`' in (write_hub_folder(run, REPO, run / 'hub') / 'README.md').read_text()
+    result = json.loads((run / 'result.json').read_text())
+    (run / 'result.json').write_text(json.dumps(result | dict(world_size=2)))
+    folder = write_hub_folder(run, REPO, run / 'hub')
+    assert f'`torchrun --nproc-per-node 2 {command}`' in (folder / 'README.md').read_text()
+
+
 def test_what_the_run_began_with_is_published(run):
     weights, metadata = load_weights(run / 'last.safetensors')
     first = 'vit_base_patch16_224.mae'  # as far as publishing goes

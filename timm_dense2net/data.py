@@ -557,8 +557,8 @@ class BatchLoader:
         device: Where the images are held and the batches made.
         mean: Mean of each channel, on the scale of 0 to 1.
         std: Standard deviation of each channel, on the same scale.
-        train: Shuffle, augment and, as timm does, leave out a last batch that is not full. Otherwise the images come in order, each once: each process has its contiguous
-            part of them, and the last batch may be short.
+        train: Shuffle, augment and, as timm does, leave out a last batch that is not full. Otherwise the images come in
+            order, each once: each process has its contiguous part of them, and the last batch may be short.
         augment: What is done to training batches; None for nothing.
         progressive: How much smaller they are in the first epochs; None for full size in all.
         seed: Of the order and the augmentation.
