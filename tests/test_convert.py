@@ -1,4 +1,5 @@
 """The hierarchy in place of other models' 3x3 convolutions, held to timm's contract and to the layer's formula."""
+import contextlib
 import copy
 import json
 
@@ -126,6 +127,19 @@ def test_first_convolution_and_subclasses_are_kept():
     conversion = convert_res2net(net(*convs, first_conv='0')).res2net_conversion
     assert conversion['kept'] == {'0': 'takes the images', '1': 'StdConv2d is more than a convolution'}
     assert conversion['replaced'] == ['2']
+
+
+def test_first_convolution_of_a_feature_extractor_is_kept():
+    model = timm.create_model('vgg11', in_chans=4, features_only=True, device='meta')
+    assert convert_res2net(model, 4).res2net_conversion['kept']['features_0'] == 'takes the images'
+
+
+@pytest.mark.parametrize('name', ['repvgg_a0', 'mobileone_s0', 'tiny_vit_5m_224', 'repghostnet_050'])
+def test_what_a_block_folds_for_inference_is_kept(name):
+    model = timm.create_model(name)
+    with contextlib.suppress(ValueError):  # nothing may be left to convert
+        convert_res2net(model, 4)
+    reparameterize_model(model.eval())
 
 
 @pytest.mark.parametrize('name', ['dense2net121_s4', 'res2net50_26w_4s'])

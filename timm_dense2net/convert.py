@@ -10,7 +10,7 @@ import logging
 import os
 import sys
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -132,19 +132,38 @@ def _find_convs(model: nn.Module, scale: int) -> dict[str, str]:
     """Names of all 3x3 convolutions, each with the reason to keep it, empty if it can be replaced."""
     first_convs = getattr(model, 'pretrained_cfg', {}).get('first_conv') or ()
     first_convs = (first_convs,) if isinstance(first_convs, str) else first_convs
-    hierarchies = tuple(
-        f'{name}.' for name, m in model.named_modules() if isinstance(m, (SplitHierarchyConv2d, Bottle2neck)))
+    first_convs = {_flat(name) for name in first_convs}
+    hierarchies = _below(model, lambda m: isinstance(m, (SplitHierarchyConv2d, Bottle2neck)))
+    folded = _below(model, _folds_its_convs)
     reasons = {}
     for name, conv in model.named_modules():
         if not isinstance(conv, nn.Conv2d) or conv.kernel_size != (3, 3):
             continue
         if name.startswith(hierarchies):
             reasons[name] = 'in a hierarchy already'
-        elif name in first_convs:
+        elif _flat(name) in first_convs:
             reasons[name] = 'takes the images'
+        elif name.startswith(folded):
+            reasons[name] = 'its block folds it for inference'
         else:
             reasons[name] = _reason_to_keep(conv, scale)
     return reasons
+
+
+def _flat(name: str) -> str:
+    """A module's name as timm's features_only has it."""
+    return name.replace('.', '_')
+
+
+def _below(model: nn.Module, is_meant: Callable[[nn.Module], bool]) -> tuple[str, ...]:
+    """What the names of all below certain modules begin with."""
+    return tuple(f'{name}.' for name, m in model.named_modules() if name and is_meant(m))
+
+
+def _folds_its_convs(module: nn.Module) -> bool:
+    """Whether timm's ``reparameterize_model`` calls it; the blocks of this package see themselves what was replaced."""
+    is_called = any(hasattr(module, name) for name in ('fuse', 'reparameterize', 'switch_to_deploy'))
+    return is_called and not type(module).__module__.startswith(f'{__package__}.')
 
 
 def _reason_to_keep(conv: nn.Conv2d, scale: int) -> str:
