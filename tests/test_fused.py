@@ -259,6 +259,17 @@ def test_weights_that_are_trained_all_the_same():
     assert all(p.grad is not None and p.grad.isfinite().all() for p in fused.parameters())
 
 
+@pytest.mark.parametrize('part', ['norm5', 'transition1', 'denseblock2', 'conv0'])
+def test_a_part_that_is_trained_where_the_batch_is_large(part, monkeypatch):
+    fused = reparameterize_model(create(dtype=torch.float64))
+    fused.requires_grad_(False)
+    weights = list(fused.get_submodule(f'features.{part}').requires_grad_(True).parameters())
+    x = images(7, 3, 32, 32, dtype=torch.float64)
+    expected = torch.autograd.grad(fused(x).square().sum(), weights)
+    monkeypatch.setattr(timm_dense2net.in_place, 'CACHE_BYTES', 200_000 // torch.get_num_threads())
+    torch.testing.assert_close(torch.autograd.grad(fused(x).square().sum(), weights), expected)
+
+
 @pytest.mark.parametrize('kwargs', [dict(act_layer='silu'), dict(norm_layer='layernorm2d')])
 def test_other_layers_stay_plain(kwargs):
     torch.manual_seed(0)

@@ -216,7 +216,7 @@ class FusedDenseBlock(nn.ModuleDict):
     @torch.jit.ignore
     def runs_in_place(self, x: torch.Tensor) -> bool:
         """Whether nothing records what is done to x or to the weights, which are those of torch, not quantized ones."""
-        if is_recorded(x) or torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters()):
+        if is_recorded(x) or _is_trained(self):
             return False
         return all(
             type(m) in (nn.Linear, nn.Identity) for layer in self.values() for m in (layer.conv1.linear, layer.conv3))
@@ -249,6 +249,11 @@ class FusedDenseTransition(nn.Module):
         return self.conv.linear(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
+def _is_trained(module: nn.Module) -> bool:
+    """Whether autograd keeps the module's input for the gradients of its weights."""
+    return torch.is_grad_enabled() and any(p.requires_grad for p in module.parameters())
+
+
 class FusedFeatures(nn.Sequential):
     """The feature extractor, whose widest maps, those of its dense blocks, are not kept as a whole."""
 
@@ -271,7 +276,8 @@ class FusedFeatures(nn.Sequential):
                 x = layer(x)
                 continue
             follower = next(layers, None)
-            if follower is not None and len(parts_of(x, layer.out_chs)) > 1 and sees_whole_batch(follower):
+            if follower is not None and len(parts_of(x, layer.out_chs)) > 1 and (
+                    sees_whole_batch(follower) or _is_trained(follower)):
                 x = follower(block_in_place(layer, x))
             else:
                 x = block_in_place(
