@@ -1,6 +1,7 @@
 """The networks of the slides' table: their printed sizes, their structure and what timm expects of a model."""
 import copy
 import json
+from functools import partial
 
 import pytest
 import timm
@@ -82,6 +83,14 @@ def test_first_block_of_a_stage_convolves_every_split():
         y = torch.cat([conv(split).relu() for conv, split in zip(convs, splits)], 1)
         y = block.se(block.bn3(block.conv3(y))) + block.downsample(x)
         torch.testing.assert_close(block(x), y.relu())
+
+
+def test_first_block_of_a_stage_has_the_norms_asked_for():
+    norm_layer = partial(nn.BatchNorm2d, eps=1e-3, momentum=0.01)
+    block = create('res2next29_6x24d_4s', layers=(1, 1, 1), norm_layer=norm_layer).layer1[0]
+    norms = [m for m in block.modules() if isinstance(m, nn.BatchNorm2d)]
+    assert len(norms) == 7 and {(norm.eps, norm.momentum) for norm in norms} == {(1e-3, 0.01)}
+    assert block.pool[1] is not block.bns[0] and block.pool[1].weight is not block.bns[0].weight
 
 
 def test_pyramid_widths_rise_evenly():

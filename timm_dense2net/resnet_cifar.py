@@ -10,6 +10,7 @@ Papers:
     * `Deep Pyramidal Residual Networks` - https://arxiv.org/abs/1610.02915
     * `Res2Net: A New Multi-scale Backbone Architecture` - https://arxiv.org/abs/1904.01169
 """
+import copy
 from functools import partial
 from typing import Any, Dict, List, Optional, Tuple, Type, Union
 
@@ -52,7 +53,7 @@ class StagedBottle2neck(Bottle2neck):
             dd = {'device': conv.weight.device, 'dtype': conv.weight.dtype}
             self.pool = nn.Sequential(
                 create_conv2d(self.width, self.width, 3, stride=stride, groups=conv.groups, **dd),
-                type(norm)(self.width, **dd),
+                copy.deepcopy(norm),
                 type(self.relu)(inplace=True),
             )
 
