@@ -185,7 +185,8 @@ def test_in_a_browser(server, browser, tmp_path):
     upload(tmp_path / 'sunflower.png')
     assert shown_class() == 'sunflower'
     model = timm.create_model(BEST_PACKAGED, device='meta')
-    scales, blocks = next(m.scale for m in model.modules() if isinstance(m, SplitHierarchyConv2d)), len(model.feature_info) - 1
+    scales = next(m.scale for m in model.modules() if isinstance(m, SplitHierarchyConv2d))
+    blocks = len(model.feature_info) - 1
     wait_for(lambda: len(find('#by_scale img')) >= scales and len(find('#by_block img')) >= blocks, 'the maps')
     loaded = browser.execute_script('return performance.getEntriesByType("resource").map(e => e.name)')
     assert not [name for name in loaded if not name.startswith((server, 'data:', 'blob:'))]

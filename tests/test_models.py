@@ -117,6 +117,7 @@ def test_intermediates_are_the_features(name):
         for i in range(len(taps)):
             pruned = copy.deepcopy(model)
             pruned.prune_intermediate_layers([i])
+            assert not pruned.features.training
             torch.testing.assert_close(pruned.forward_intermediates(x, [i], intermediates_only=True)[0], taps[i])
         for kwargs in ({}, dict(feature_cls='getter'), dict(feature_cls='hook'), dict(feature_cls='fx')):
             net = create(name, features_only=True, out_indices=(0, 2, 3), **kwargs).eval()  # same seed, same weights

@@ -333,6 +333,9 @@ def test_changes_that_would_spoil_backward_are_named():
     for module in (block, transition):
         with pytest.raises(RuntimeError, match='no second derivatives.*create_graph=True'):
             torch.autograd.grad(module(x).sum(), x, create_graph=True)
+        y = module(x)
+        with pytest.raises(RuntimeError, match='no batched gradients.*is_grads_batched=True'):
+            torch.autograd.grad(y, x, torch.ones(2, *y.shape, dtype=y.dtype), is_grads_batched=True)
 
 
 def test_second_derivatives_of_the_plain_form(monkeypatch):

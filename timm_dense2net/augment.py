@@ -28,7 +28,8 @@ class AugmentConfig:
         hflip: Probability of a horizontal flip.
         crop_padding: Black pixels added on each side before a crop of the original size, as torchvision's
             ``RandomCrop(size, padding)``; 0 leaves the crop out.
-        auto_augment: ``'cifar10'`` for AutoAugment's CIFAR policy as torchvision has it (https://arxiv.org/abs/1805.09501).
+        auto_augment: ``'cifar10'`` for AutoAugment's CIFAR policy as torchvision has it
+            (https://arxiv.org/abs/1805.09501).
         cutout_holes: Number of squares masked in each image (https://arxiv.org/abs/1708.04552); 0 leaves cutout out.
         cutout_length: Side of a square in pixels. Its centre is anywhere in the image, so it may be clipped.
         mixup: Alpha of Mixup's Beta distribution (https://arxiv.org/abs/1710.09412); 0 leaves it out.
@@ -336,8 +337,8 @@ class BatchAugment:
 class ProgressiveResize:
     """Smaller images in the first epochs, which take less time.
 
-    The side grows evenly from epoch to epoch, in multiples of 4 pixels, as in the progressive learning of EfficientNetV2
-    (https://arxiv.org/abs/2104.00298).
+    The side grows evenly from epoch to epoch, in multiples of 4 pixels, as in the progressive learning of
+    EfficientNetV2 (https://arxiv.org/abs/2104.00298).
 
     Args:
         initial_size: Shorter side in the first epoch, in pixels.

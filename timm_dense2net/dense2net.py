@@ -45,9 +45,10 @@ CIFAR100_STD = (0.26733429, 0.25643846, 0.27615047)
 
 @torch.fx.wrap
 def _check_input(x: torch.Tensor, in_chans: int, min_size: int) -> None:
-    # A leaf for fx: shapes of a traced tensor have no truth value. torch.export gets its bounds from the caller.
+    # A leaf for fx: shapes of a traced tensor have no truth value. torch.export gets its bounds from the caller, and
+    # torch.jit.trace warns of each comparison.
     if not torch.jit.is_scripting():
-        if torch.compiler.is_exporting():
+        if torch.compiler.is_exporting() or torch.jit.is_tracing():
             return
     if x.ndim != 4 or x.shape[1] != in_chans:
         raise ValueError(f'expected input of shape (N, {in_chans}, H, W), got {list(x.shape)}')
@@ -674,7 +675,9 @@ class Dense2Net(nn.Module):
         """
         take_indices, max_index = feature_take_indices(len(self.feature_ends), indices)
         shortened = max_index < len(self.feature_ends) - 1
-        self.features = self.features[:self.feature_ends[max_index] + 1]
+        features = self.features[:self.feature_ends[max_index] + 1]
+        features.training = self.features.training
+        self.features = features
         if shortened:
             self.num_features = self.head_hidden_size = self.feature_info[max_index]['num_chs']
         if prune_head or shortened:

@@ -1,7 +1,7 @@
 """`python -m timm_dense2net evaluate`: the accuracy of a trained model on a test split, and how far it can be trusted.
 
     evaluate --model dense2net40_k12_s4 --pretrained --dataset torch/cifar100 --data-dir data
-    evaluate --checkpoint output/RUN --dataset torch/cifar100 --data-dir data --tta-flip --calibration --corruptions --reparam
+    evaluate --checkpoint output/RUN --dataset torch/cifar100 --data-dir data --tta-flip --calibration --corruptions
 """
 from __future__ import annotations
 

@@ -401,8 +401,8 @@ class Trainer:
         position = state['position']
         if position['batches_done'] and state['epoch_size'] != self._epoch_size():
             raise ValueError(
-                f'the state was saved within an epoch of {state["epoch_size"]}, now an epoch has {self._epoch_size()}: go'
-                ' on with the same data and batch size')
+                f'the state was saved within an epoch of {state["epoch_size"]}, now an epoch has {self._epoch_size()}:'
+                ' go on with the same data and batch size')
         parts = dict(
             model=self.model, ema=self.ema and self.ema.module, optimizer=self.optimizer,
             plateau=self.scheduler if isinstance(self.scheduler, ReduceLROnPlateau) else None, scaler=self.scaler)

@@ -108,7 +108,13 @@ class _Norm(NamedTuple):
 
     @classmethod
     def of_batch(
-            cls, mean: torch.Tensor, var: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float) -> '_Norm':
+            cls,
+            mean: torch.Tensor,
+            var: torch.Tensor,
+            weight: torch.Tensor,
+            bias: torch.Tensor,
+            eps: float,
+    ) -> '_Norm':
         """The norm with this weight and bias of a batch with this mean and biased variance."""
         invstd = (var + eps).rsqrt()
         scale = weight * invstd
@@ -127,7 +133,7 @@ class _Norm(NamedTuple):
         return out
 
     def backward(self, dy: torch.Tensor, y: torch.Tensor, x: torch.Tensor) -> Tuple[torch.Tensor, ...]:
-        """Gradients of x, weight and bias from that of y, all (..., C), which is overwritten. The statistics are of x."""
+        """Gradients of x, weight and bias from that of y, all (..., C), which is overwritten. Statistics are of x."""
         x, dnormed = _as_rows(x, _relu_backward(dy, y, out=dy))
         if x.shape[1] == len(self.mean):
             dx, *daffine = self._backward(dnormed, x, [True, True, True])
@@ -161,11 +167,12 @@ class _Norm(NamedTuple):
         return torch.stack([-self.scale * dbias, -0.5 * self.scale * self.invstd * dweight])
 
 
-def _check_first_order() -> None:
-    if torch.is_grad_enabled():
+def _check_first_order(gradient: torch.Tensor) -> None:
+    if torch.is_grad_enabled() or torch._C._functorch.is_legacy_batchedtensor(gradient):
+        given = 'create_graph' if torch.is_grad_enabled() else 'is_grads_batched'
         raise RuntimeError(
-            'no second derivatives in the training form, and backward was called with create_graph=True: call '
-            'timm_dense2net.training_form.set_training_form(False) before training, or set '
+            'no second derivatives and no batched gradients in the training form, and backward was called with '
+            f'{given}=True: call timm_dense2net.training_form.set_training_form(False) before training, or set '
             'TIMM_DENSE2NET_TRAINING_FORM=0')
 
 
@@ -332,7 +339,7 @@ class _Output(Function):
 
     @staticmethod
     def backward(ctx: Any, doutput: torch.Tensor):
-        _check_first_order()
+        _check_first_order(doutput)
         pixels = _as_pixels(doutput)
         dfeatures = ctx.buffers.pool.empty(pixels.shape, pixels).copy_(pixels)
         return None, dfeatures, torch.zeros_like(ctx.buffers.stats)
@@ -627,7 +634,7 @@ class _Transition(Function):
 
     @staticmethod
     def backward(ctx: Any, dout: torch.Tensor):
-        _check_first_order()
+        _check_first_order(dout)
         features, _, _, conv = ctx.saved_tensors
         norm = ctx.norm
         x = features.view(*ctx.size, -1)
