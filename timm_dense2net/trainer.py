@@ -399,10 +399,11 @@ class Trainer:
             ValueError: If the state belongs to another model or optimizer, or within an epoch to other data.
         """
         position = state['position']
-        if position['batches_done'] and state['epoch_size'] != self._epoch_size():
+        before, now = state.get('epoch_size', self._epoch_size()), self._epoch_size()  # version 0.1.0 saved none at first
+        if position['batches_done'] and before != now:
             raise ValueError(
-                f'the state was saved within an epoch of {state["epoch_size"]}, now an epoch has {self._epoch_size()}:'
-                ' go on with the same data and batch size')
+                f'the state was saved within an epoch of {before}, now an epoch has {now}: go on with the same data and'
+                ' batch size')
         parts = dict(
             model=self.model, ema=self.ema and self.ema.module, optimizer=self.optimizer,
             plateau=self.scheduler if isinstance(self.scheduler, ReduceLROnPlateau) else None, scaler=self.scaler)
