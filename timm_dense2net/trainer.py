@@ -399,7 +399,8 @@ class Trainer:
             ValueError: If the state belongs to another model or optimizer, or within an epoch to other data.
         """
         position = state['position']
-        before, now = state.get('epoch_size', self._epoch_size()), self._epoch_size()  # version 0.1.0 saved none at first
+        now = self._epoch_size()
+        before = state.get('epoch_size', now)  # earlier states have none
         if position['batches_done'] and before != now:
             raise ValueError(
                 f'the state was saved within an epoch of {before}, now an epoch has {now}: go on with the same data and'
