@@ -260,8 +260,7 @@ def load_images(
         images = _load_digits(split, img_size or 32)
     else:
         source = open_dataset(
-            dataset, split, data_dir=data_dir, download=download,
-            input_key=input_key, target_key=target_key)
+            dataset, split, data_dir=data_dir, download=download, input_key=input_key, target_key=target_key)
         images = ImageReader(source, f'{dataset or data_dir} {split}', img_size, **preprocessing)
         if memory_limit is None or fits_in_memory(len(images), images.image_shape, memory_limit):
             images = images.decode()
