@@ -136,11 +136,14 @@ def test_first_convolution_of_a_feature_extractor_is_kept():
 
 @pytest.mark.parametrize('name', ['repvgg_a0', 'mobileone_s0', 'tiny_vit_5m_224', 'repghostnet_050'])
 def test_what_a_block_folds_for_inference_is_kept(name):
+    torch.manual_seed(0)
     model, x = timm.create_model(name).eval(), torch.randn(1, 3, 224, 224)
     with contextlib.suppress(ValueError):  # nothing may be left to convert
         convert_res2net(model, 4)
     with torch.no_grad():
-        torch.testing.assert_close(reparameterize_model(model)(x), model(x), rtol=1e-3, atol=1e-3)
+        logits = model(x)
+        # By the logits' own spread, which is 1e14 for an untrained MobileOne.
+        torch.testing.assert_close(reparameterize_model(model)(x), logits, rtol=0, atol=1e-4 * logits.std().item())
 
 
 @pytest.mark.parametrize('name', ['dense2net121_s4', 'res2net50_26w_4s'])
