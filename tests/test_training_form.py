@@ -249,10 +249,11 @@ def test_momentum(momentum):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9, msg=name)
 
 
-def test_norms_without_running_statistics():
+@pytest.mark.parametrize('track', [False, True])
+def test_norms_without_running_statistics(track):
     model = create()
     norm = model.features.denseblock1.denselayer2.norm1
-    norm.track_running_stats, norm.running_mean, norm.running_var, norm.num_batches_tracked = False, None, None, None
+    norm.track_running_stats, norm.running_mean, norm.running_var, norm.num_batches_tracked = track, None, None, None
     assert_equals_plain_form(model, normal(4, 3, 13, 11), 1e-9, 1e-9)
 
 

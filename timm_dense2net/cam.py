@@ -51,9 +51,9 @@ def class_activation_maps(model: nn.Module, image: torch.Tensor, class_index: in
         module.register_forward_hook(lambda module, _, output: outputs.__setitem__(module, output))
         for module in (*blocks, *hierarchies)]
     try:
-        with torch.enable_grad():
-            # The image asks for the gradient: the parameters may be frozen.
-            logit = model(image.detach().requires_grad_())[0, class_index]
+        with torch.inference_mode(False), torch.enable_grad():
+            # The image asks for the gradient: the parameters may be frozen. One made in inference mode cannot.
+            logit = model(image.detach().clone().requires_grad_())[0, class_index]
             gradients = dict(zip(outputs, torch.autograd.grad(logit, list(outputs.values()))))
     finally:
         for hook in hooks:

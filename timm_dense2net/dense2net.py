@@ -44,14 +44,16 @@ CIFAR100_STD = (0.26733429, 0.25643846, 0.27615047)
 
 
 @torch.fx.wrap
-def _check_input(x: torch.Tensor, in_chans: int, min_size: int) -> None:
+def _check_input(x: torch.Tensor, min_size: int = 1, channels: Optional[int] = None) -> None:
     # A leaf for fx: shapes of a traced tensor have no truth value. torch.export gets its bounds from the caller, and
     # torch.jit.trace warns of each comparison.
     if not torch.jit.is_scripting():
         if torch.compiler.is_exporting() or torch.jit.is_tracing():
             return
-    if x.ndim != 4 or x.shape[1] != in_chans:
-        raise ValueError(f'expected input of shape (N, {in_chans}, H, W), got {list(x.shape)}')
+    if x.ndim != 4:
+        raise ValueError(f'expected input of shape (N, C, H, W), got {list(x.shape)}')
+    if channels is not None and x.shape[1] != channels:
+        raise ValueError(f'expected input of shape (N, {channels}, H, W), got {list(x.shape)}')
     if min(x.shape[2], x.shape[3]) < min_size:
         raise ValueError(
             f'input of {x.shape[2]}x{x.shape[3]} is too small for the strides of this network: '
@@ -182,7 +184,7 @@ class SplitHierarchyConv2d(nn.Module):
         self.norms = nn.ModuleList([norm_act_layer(width, **dd) for _ in range(scale - 1)])
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        _check_input(x, self.channels, 1)
+        _check_input(x, channels=self.channels)
         splits = torch.split(x, self.width, 1)
         y = splits[0]
         outputs = [y]
@@ -483,8 +485,8 @@ class Dense2Net(nn.Module):
 
     Raises:
         ValueError: If a size is below 1, a rate is outside [0, 1), the bottleneck cannot be split as asked, or the
-            stem, attention, activation or norm is unknown; in ``forward``, if the input has other than ``in_chans``
-            channels or is too small for the strides.
+            stem, attention, activation or norm is unknown; in ``forward``, if the input has not four dimensions or is
+            too small for the strides.
     """
 
     def __init__(
@@ -516,7 +518,6 @@ class Dense2Net(nn.Module):
             raise ValueError(f'block_config must name at least one layer a block, got {tuple(block_config)}')
         norm_act_layer = find_norm_act_layer(norm_layer, act_layer)
         self.num_classes = num_classes
-        self.in_chans = in_chans
 
         num_features = 2 * growth_rate
         layers, stem_feature, reduction = _create_stem(stem_type, in_chans, num_features, norm_act_layer, **dd)
@@ -524,8 +525,9 @@ class Dense2Net(nn.Module):
         self.feature_info = [dict(num_chs=num_features, reduction=reduction, module=f'features.{stem_feature}')]
         if 'pool0' in layers:
             reduction *= 2
-        # The stem rounds sizes up, the pooling of each transition rounds them down.
-        self.min_size = reduction * (2 ** (len(block_config) - 1) - 1) + 1
+        # Smallest image for each feature: the stem rounds sizes up, the pooling of each transition rounds them down.
+        self.min_sizes = [reduction * (2 ** max(i - 1, 0) - 1) + 1 for i in range(len(block_config) + 1)]
+        self.min_size = self.min_sizes[-1]
 
         last = len(block_config) - 1
         drop_path_rates = calculate_drop_path_rates(drop_path_rate, list(block_config), stagewise=True)
@@ -636,13 +638,14 @@ class Dense2Net(nn.Module):
             The final feature map and the list of features, or the list alone.
         """
         assert output_fmt in ('NCHW',), 'Output shape must be NCHW.'
-        _check_input(x, self.in_chans, self.min_size)
         intermediates = []
         take_indices, max_index = feature_take_indices(len(self.feature_ends), indices)
 
         if torch.jit.is_scripting() or not stop_early:  # torchscript cannot slice a Sequential
+            _check_input(x, self.min_size)
             layers = self.features
         else:
+            _check_input(x, self.min_sizes[max_index])
             layers = self.features[:self.feature_ends[max_index] + 1]
         feat_idx = 0
         for i, layer in enumerate(layers):
@@ -678,6 +681,7 @@ class Dense2Net(nn.Module):
         features = self.features[:self.feature_ends[max_index] + 1]
         features.training = self.features.training
         self.features = features
+        self.min_size = self.min_sizes[max_index]
         if shortened:
             self.num_features = self.head_hidden_size = self.feature_info[max_index]['num_chs']
         if prune_head or shortened:
@@ -686,7 +690,7 @@ class Dense2Net(nn.Module):
 
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
         """Final feature map (N, num_features, H', W') of images (N, in_chans, H, W)."""
-        _check_input(x, self.in_chans, self.min_size)
+        _check_input(x, self.min_size)
         return self.features(x)
 
     def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:

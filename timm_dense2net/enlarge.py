@@ -46,6 +46,8 @@ def load_all_but_stem(model: Dense2Net, weights: Mapping[str, torch.Tensor]) -> 
     else:
         classifier = set()
     wanted = {name for name in own if not stem.match(name)} - classifier
+    # Frozen norms count no batches.
+    taken = {name: own[name] for name in wanted if name.endswith('.num_batches_tracked')} | taken
     wrong = sorted(
         name for name in wanted | taken.keys()
         if name not in wanted or name not in taken or taken[name].shape != own[name].shape)

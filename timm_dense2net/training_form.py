@@ -251,6 +251,8 @@ def _update_running_stats(norm: BatchNormAct2d, mean: torch.Tensor, var: torch.T
         norm.num_batches_tracked.add_(1)
         if factor is None:
             factor = norm.num_batches_tracked.to(mean.dtype).reciprocal()
+    if norm.running_mean is None:
+        return
     norm.running_mean.lerp_(mean, 0. if factor is None else factor)
     norm.running_var.lerp_(var * (count / (count - 1)), 0. if factor is None else factor)
 
