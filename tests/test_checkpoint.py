@@ -17,7 +17,7 @@ STATE = dict(
     weights={
         'a': torch.randn(3, 4), 'half': torch.randn(5).bfloat16(), 'count': torch.tensor(7), 'none': torch.empty(0)},
     optimizer={'state': {0: {'momentum': torch.randn(2, 2)}, 1: {}}, 'betas': (0.9, 0.999)},
-    text='x', nothing=None, yes=True, infinite=float('inf'), tenth=0.1, items=[1, [2, {'b': 3}]])
+    text='x', nothing=None, yes=True, infinite=float('inf'), tenth=0.1, dtype=torch.bfloat16, items=[1, [2, {'b': 3}]])
 
 
 def same(a, b):

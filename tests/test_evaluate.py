@@ -252,6 +252,19 @@ def test_images_are_brought_to_the_size_the_model_was_trained_at(folder, tmp_pat
     assert found[0] != found[1]
 
 
+@pytest.mark.parametrize('fits', [False, True])
+def test_images_of_another_size_than_the_only_one_are_refused(folder, tmp_path, capsys, fits):
+    model_args = dict(img_size=32, dynamic_img_size=fits)
+    path = tmp_path / 'vit.safetensors'
+    model = timm.create_model('test_vit', num_classes=2, **model_args)
+    save_weights(path, model.state_dict(), full_metadata(model='test_vit', model_args=json.dumps(model_args)))
+    call = ['--checkpoint', str(path), '--dataset', str(folder), '--device', 'cpu']
+    assert main(call) == 0
+    assert main([*call, '--img-size', '48']) == (0 if fits else 2)
+    if not fits:
+        assert 'takes images of 32x32 only, and these are 48x48: give --img-size 32' in capsys.readouterr().err
+
+
 def test_images_that_are_no_squares_stay_as_they_are(tmp_path):
     for name, colour in (('green', (0, 200, 0)), ('red', (200, 0, 0))):
         (tmp_path / 'test' / name).mkdir(parents=True)

@@ -27,6 +27,12 @@ def test_pictures_that_cannot_be_read(tmp_path):
     (tmp_path / 'cut.png').write_bytes((tmp_path / 'whole.png').read_bytes()[:900])
     with pytest.raises(ValueError, match='^cannot be read: '):
         read_picture(tmp_path / 'cut.png')
+    exif = Image.Exif()
+    exif[0x0112], exif[0x011A] = 6, 72.
+    odd = exif.tobytes().replace(b'\x01\x1a\x00\x05', b'\x01\x0d\x00\x05')  # a document's name that is a fraction
+    Image.new('RGB', (4, 4)).save(tmp_path / 'tag.jpg', exif=odd)
+    with pytest.raises(ValueError, match='^cannot be read: '):
+        read_picture(tmp_path / 'tag.jpg')
     Image.new('1', (20000, 10000)).save(tmp_path / 'huge.png')
     with pytest.raises(ValueError, match='^more than 178,956,970 pixels$'):
         read_picture(tmp_path / 'huge.png')

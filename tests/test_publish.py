@@ -248,6 +248,17 @@ def test_a_run_by_several_processes_is_trained_again_by_as_many(run):
     assert f'`torchrun --nproc-per-node 2 {command}`' in (folder / 'README.md').read_text()
 
 
+@pytest.mark.parametrize('option', ['--pretrained-path', '--initial-checkpoint'])
+def test_weights_of_another_run_are_said_to_be_missing(run, option):
+    wanted = f', `{option}` which weights it starts from'
+    assert wanted not in (write_hub_folder(run, REPO, run / 'hub') / 'README.md').read_text()
+    args = yaml.safe_load((run / 'args.yaml').read_text())
+    (run / 'args.yaml').write_text(yaml.safe_dump(args | {option[2:].replace('-', '_'): '/somewhere'}))
+    folder = write_hub_folder(run, REPO, run / 'hub')
+    card = (folder / 'README.md').read_text()
+    assert wanted in card and 'from weights of another run' in card and 'somewhere' not in card
+
+
 def test_what_the_run_began_with_is_published(run):
     weights, metadata = load_weights(run / 'last.safetensors')
     first = 'vit_base_patch16_224.mae'  # as far as publishing goes

@@ -100,7 +100,7 @@ def test_unknown_recipe_lists_those_there_are(capsys):
     (['--sched', 'plateau', '--sched-on-updates'], ['plateau', '--sched-on-updates']),
     (['--sched', 'cosine', '--warmup-epochs', '5', '--epochs', '5'], ['--warmup-epochs 5', '--epochs 5']),
     (['--eval-only'], ['--eval-only', '--checkpoint', '--pretrained']),
-    (['--eval-only', '--checkpoint', 'x', '--pretrained'], ['--eval-only', 'either']),
+    (['--eval-only', '--checkpoint', 'x', '--recipe', 'short_ft'], ['--eval-only', 'either', '--no-pretrained']),
     (['--eval-only', '--pretrained', '--resume', 'x'], ['--resume']),
     (['--checkpoint', 'x'], ['--checkpoint', '--eval-only']),
     (['--pretrained', '--initial-checkpoint', 'x'], ['--pretrained', '--initial-checkpoint']),

@@ -225,6 +225,16 @@ def test_results_csv_has_one_row_a_run_and_takes_a_run_only_once(tmp_path):
     assert [(row['run'], row['top1']) for row in rows_of(path)] == [('s8-1', '76.90'), ('strong-7', '76.50')]
 
 
+def test_runs_of_one_name_are_not_taken_for_each_other(tmp_path, capsys):
+    path = tmp_path / 'results.csv'
+    first, second = make_run(tmp_path, 's4/seed1'), make_run(tmp_path, 's8/seed1', recipe='strong')
+    assert main([str(first), '--results', str(path)]) == 0
+    before = path.read_bytes()
+    for runs in ([second], [first, first]):
+        assert main([*map(str, runs), '--results', str(path)]) == 1
+        assert 'two runs are named seed1' in capsys.readouterr().err and path.read_bytes() == before
+
+
 @pytest.mark.parametrize('content, message', [
     ('model,seed\n', 'no column run'),
     (','.join(COLUMNS) + '\n' + ','.join(['x'] * len(COLUMNS)) + '\n', 'line 2: params must be of type int'),

@@ -11,11 +11,15 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from training_runs import (
     arguments, assert_same_run, finish, kill, read_state, read_summary_rows, run_here, start, wait_for)
 
 from timm_dense2net.checkpoint import CHECKPOINT_FILE, PREVIOUS_FILE, load_weights
+from timm_dense2net.distributed import Processes
+from timm_dense2net.options import parse_args
+from timm_dense2net.runs import read_resumed_state
 from timm_dense2net.trainer import Trainer
 
 
@@ -253,6 +257,15 @@ def test_resume_may_last_longer_but_not_learn_otherwise(tmp_path, reference, cap
 def test_run_that_is_there_is_not_overwritten(tmp_path, reference, capsys):
     assert run_here(arguments(reference.parent)) == 1
     assert 'already holds a run' in capsys.readouterr().err
+
+
+def test_runs_started_together_have_a_folder_each(tmp_path):
+    names = set()
+    for seed in range(20):
+        args = parse_args(['--dataset', 'digits', '--output', str(tmp_path), '--seed', str(seed)])
+        read_resumed_state(args, Processes(torch.device('cpu')))
+        names.add(args.experiment)
+    assert len(names) == 20
 
 
 def test_schedule_goes_on_by_epochs_where_the_batch_is_another(tmp_path):

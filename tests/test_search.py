@@ -194,6 +194,8 @@ def test_reports_and_recipe(tmp_path):
     (['--study', 's', '--recipe', 'nano', '--hold-out', '9', '--scheds', 'cosine', 'none', '--layer-decay', '0.9'],
      '--sched constant'),
     (['--study', 's', '--recipe', 'nono', '--hold-out', '9'], 'no recipe'),
+    (['--study', 's', '--recipe', 'nano', '--hold-out', '9', '--opt=adamw'], '--opt is searched: leave it out, or give --opts'),
+    (['--study', 's', '--recipe', 'nano', '--hold-out', '9', '--model-kwargs', 'bn_size=2', 'scale=4'], 'scale is searched'),
     (['--study', 's', '--recipe', 'nano', '--hold-out', '9', '--trials', '-1'], '--trials must be at least 0'),
     (['--study', 's', '--recipe', 'nano', '--hold-out', '9', '--storage', 'nosql://me:secret@host/db'],
      'nosql://...@host/db'),

@@ -112,6 +112,12 @@ def test_macs_are_those_of_the_layers():
     assert sum(macs) == count_macs(model, (3, 32, 32)) > 1e6
 
 
+def test_macs_of_a_model_that_hands_parameters_to_its_modules():
+    model = timm.create_model('cait_xxs24_224', img_size=64, device='meta')
+    linear = 24 * 12 * 192 ** 2 * 16  # blocks, matrices of width x width in each, tokens
+    assert linear < count_macs(model, (3, 64, 64)) < 1.1 * linear
+
+
 def test_run_leaves_what_it_should(tmp_path):
     """Files, figures and weights of a run; evaluation of them gives the same."""
     assert run_here(arguments(tmp_path, '--epochs', '2')) == 0

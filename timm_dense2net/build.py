@@ -30,7 +30,7 @@ from .hub import LOAD_ERRORS, one_line
 from .names import check_model_name
 from .options import public_args, public_model_kwargs, saved_args
 from .start import freeze_stages, pretrained_overlay
-from .trained import check_classes, load_trained, preprocessing_of, weights_config, weights_file
+from .trained import check_classes, check_size, load_trained, preprocessing_of, weights_config, weights_file
 from .trainer import Trainer
 from .version import __version__
 
@@ -285,6 +285,7 @@ def build_trained(args: argparse.Namespace) -> tuple[nn.Module, RunData]:
         args.img_size = height
     test = _load_split(args, 'test', **preprocessing_of(trained.data_config))
     check_classes(trained, test)
+    check_size(trained, test)
     mean, std = _stats_of_channels(
         args, trained.data_config['mean'], trained.data_config['std'], test.image_shape[0])
     return trained.model, RunData(None, test, test, mean, std)

@@ -27,7 +27,7 @@ _logger = logging.getLogger(__name__)
 CHECKPOINT_FILE = 'checkpoint.safetensors'
 PREVIOUS_FILE = 'checkpoint-prev.safetensors'
 
-_TENSOR, _ITEMS, _TUPLE = '$tensor', '$items', '$tuple'
+_TENSOR, _ITEMS, _TUPLE, _DTYPE = '$tensor', '$items', '$tuple', '$dtype'
 
 
 class CorruptCheckpointError(ValueError):
@@ -193,6 +193,8 @@ def _pack(value: Any, path: str, tensors: dict[str, torch.Tensor]) -> Any:
     if isinstance(value, (list, tuple)):
         items = [_pack(item, f'{path}.{index}', tensors) for index, item in enumerate(value)]
         return {_TUPLE: items} if isinstance(value, tuple) else items
+    if isinstance(value, torch.dtype):
+        return {_DTYPE: str(value).removeprefix('torch.')}
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     raise TypeError(f'{path}: a {type(value).__name__} cannot be saved')
@@ -209,6 +211,8 @@ def _unpack(value: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
         return {key: _unpack(item, tensors) for key, item in value[_ITEMS]}
     if _TUPLE in value:
         return tuple(_unpack(item, tensors) for item in value[_TUPLE])
+    if _DTYPE in value:
+        return getattr(torch, value[_DTYPE])
     return {key: _unpack(item, tensors) for key, item in value.items()}
 
 

@@ -25,7 +25,8 @@ def count_macs(model: nn.Module, input_size: tuple[int, int, int]) -> int:
         input_size: Channels, height and width of the image.
     """
     dtype = next(model.parameters()).dtype
-    twin = copy.deepcopy(model).to('meta').eval()
+    # The counter trips over parameters that ask for gradients where a module is called with one, as CaiT's are.
+    twin = copy.deepcopy(model).to('meta').eval().requires_grad_(False)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         twin(torch.empty(1, *input_size, device='meta', dtype=dtype))
     return counter.get_total_flops() // 2

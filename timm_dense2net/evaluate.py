@@ -26,7 +26,7 @@ from .data import BatchLoader, ImageArrays, load_arrays
 from .distributed import find_device
 from .engine import predict
 from .results import expected_calibration_error, fit_temperature, replace_file
-from .trained import TrainedModel, check_classes, load_trained, preprocessing_of
+from .trained import TrainedModel, check_classes, check_size, load_trained, preprocessing_of
 
 __all__ = ['CORRUPTIONS', 'FlipAverage', 'corrupt', 'cross_fit_calibration', 'evaluate', 'main']
 
@@ -160,6 +160,7 @@ def evaluate(
         ValueError: If the model's classes are not the data's.
     """
     check_classes(trained, arrays)
+    check_size(trained, arrays)
     model = trained.model.to(device)
     config = trained.data_config
     run = functools.partial(

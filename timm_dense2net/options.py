@@ -431,8 +431,12 @@ def check_args(args: argparse.Namespace) -> None:
             raise ValueError('--eval-only trains nothing, so --resume has no meaning: name the run with --checkpoint')
         if args.pretrained_path:
             raise ValueError('--pretrained-path names weights to train on; to evaluate them, name them by --checkpoint')
-        if bool(args.checkpoint) == bool(args.pretrained):
-            raise ValueError('--eval-only needs either --checkpoint PATH or --pretrained')
+        if not args.checkpoint and not args.pretrained:
+            raise ValueError('--eval-only needs --checkpoint PATH or --pretrained')
+        if args.checkpoint and args.pretrained:
+            raise ValueError(
+                '--eval-only needs either --checkpoint PATH or --pretrained: where a recipe says pretrained, add '
+                '--no-pretrained')
     elif args.checkpoint:
         raise ValueError('--checkpoint names weights to evaluate: add --eval-only, or train on --initial-checkpoint')
     _check_start(args)

@@ -31,5 +31,5 @@ def read_picture(file: str | Path | BinaryIO, mode: str = 'RGB', size: int | Non
         raise ValueError(f'more than {2 * Image.MAX_IMAGE_PIXELS:,} pixels') from None
     except OSError as e:
         raise ValueError(e.strerror or f'cannot be read: {e}') from e
-    except (SyntaxError, ValueError) as e:
+    except Exception as e:  # of all kinds where a header is damaged: SyntaxError, struct.error, AttributeError, ...
         raise ValueError(f'cannot be read: {e}') from e

@@ -117,13 +117,16 @@ def _fill(folder: Path, run: Path, repo_id: str, result: RunResult, trained: Tra
     recipe = {name: value for name, value in public.items() if name not in _OWN_ARGS}
     recipe['dataset'] = _dataset_name(public['dataset'])
     (folder / 'recipe.yaml').write_text(yaml.safe_dump(recipe), encoding='utf-8')
-    start = 'weights of another run' if args.get('pretrained_path') or args.get('initial_checkpoint') else (
-        'pretrained weights' if args.get('pretrained') else 'random weights')
+    start, left_out = 'pretrained weights' if args.get('pretrained') else 'random weights', ''
+    for name in ('pretrained_path', 'initial_checkpoint'):
+        if args.get(name):
+            start = 'weights of another run'
+            left_out = f', `--{name.replace("_", "-")}` which weights it starts from'
     # Batch size and batch statistics are those of a process.
     processes = json.loads((run / 'result.json').read_text(encoding='utf-8')).get('world_size') or 1
     command = 'python' if processes == 1 else f'torchrun --nproc-per-node {processes}'
     files = {path.name for path in folder.iterdir()}
-    (folder / 'README.md').write_text(_model_card(repo_id, result, trained, start, command, files), encoding='utf-8')
+    (folder / 'README.md').write_text(_model_card(repo_id, result, trained, start, left_out, command, files), encoding='utf-8')
 
 
 def _first_model(trained: TrainedModel) -> str:
@@ -139,7 +142,14 @@ def _dataset_name(dataset: str) -> str:
 
 
 def _model_card(
-        repo_id: str, result: RunResult, trained: TrainedModel, start: str, command: str, files: Iterable[str]) -> str:
+        repo_id: str,
+        result: RunResult,
+        trained: TrainedModel,
+        start: str,
+        left_out: str,
+        command: str,
+        files: Iterable[str],
+) -> str:
     licence = get_pretrained_cfg(_first_model(trained)).license or 'apache-2.0'
     dataset_id, dataset_name = _HUB_DATASETS.get(result.dataset, (result.dataset, result.dataset))
     shared = dict(
@@ -211,7 +221,7 @@ for probability, index in zip(*probabilities.topk(min(5, model.num_classes))):
 ## Training
 
 All arguments are in `recipe.yaml` (in a checkout of timm_dense2net `{command} train_cifar.py --recipe recipe.yaml`
-trains it again; `--data-dir` says where the data is), the figures of each epoch in `summary.csv`.
+trains it again; `--data-dir` says where the data is{left_out}), the figures of each epoch in `summary.csv`.
 {pictures}
 ## Licence
 

@@ -255,8 +255,23 @@ def write_results(path: str | Path, results: Iterable[RunResult]) -> None:
 
 
 def merge_results(old: Iterable[RunResult], new: Iterable[RunResult]) -> list[RunResult]:
-    """Old results and new ones; a new one takes the place of an old one of the same run name."""
-    return list({result.run: result for result in (*old, *new)}.values())
+    """Old results and new ones; a new one takes the place of an old one of the same run.
+
+    Raises:
+        ValueError: If two runs of one name are not of the same model, recipe and seed, or both are new.
+    """
+    merged = {result.run: result for result in old}
+    taken = set()
+    for result in new:
+        before = merged.get(result.run, result)
+        if result.run in taken or (result.model, result.recipe, result.seed) != (
+                before.model, before.recipe, before.seed):
+            raise ValueError(
+                f'two runs are named {result.run}, of {before.model} ({before.recipe}, seed {before.seed}) and of '
+                f'{result.model} ({result.recipe}, seed {result.seed}): rename the folder of one')
+        taken.add(result.run)
+        merged[result.run] = result
+    return list(merged.values())
 
 
 def _order(recipe: str) -> tuple[int, str]:

@@ -57,8 +57,11 @@ def read_resumed_state(args: argparse.Namespace, processes: Processes) -> dict[s
 
 
 def _default_experiment(args: argparse.Namespace) -> str:
-    """Date, model and recipe; timm's train.py has date, model and image size."""
-    stamp = datetime.now().strftime('%Y%m%d-%H%M%S')
+    """Date, model and recipe; timm's train.py has date, model and image size.
+
+    To the microsecond, so that runs started together have a folder each.
+    """
+    stamp = datetime.now().strftime('%Y%m%d-%H%M%S-%f')
     return '-'.join((stamp, safe_model_name(args.model), Path(args.recipe or 'custom').stem))
 
 

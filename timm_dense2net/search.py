@@ -309,6 +309,13 @@ class Worker:
         return trainer.best['top1']
 
 
+# Arguments of a run, and of its model, that the trials set; of a recipe they are replaced.
+_SEARCHED = {
+    '--opt': ', or give --opts', '--sched': ', or give --scheds', '--lr': '', '--decay-rate': '', '--decay-epochs': '',
+    '--decay-milestones': '', 'scale': ', or give --scales', 'cardinality': ', or give --cardinalities',
+    'growth_rate': ', or give --growth-rates'}
+
+
 def trial_args(base: argparse.Namespace, values: Mapping[str, Any]) -> argparse.Namespace:
     """The arguments of a trial: the study's own with the trial's values in their place."""
     args = argparse.Namespace(**vars(base))
@@ -444,6 +451,10 @@ def main(argv: list[str] | None = None) -> int:
     optuna.logging.enable_propagation()
     args, rest = _build_parser().parse_known_args(argv)
     try:
+        for word in rest:
+            name = word.partition('=')[0]
+            if name in _SEARCHED:
+                raise ValueError(f'{name} is searched: leave it out{_SEARCHED[name]}')
         # The trials' schedules are the search's: the default one, plateau, does not go with a warm-up.
         train_args = parse_args([*rest, '--sched', next((s for s in args.scheds if s != 'plateau'), 'constant')])
         for sched in args.scheds:

@@ -22,7 +22,7 @@ from .names import check_model_name
 
 __all__ = [
     'TrainedModel', 'load_trained', 'load_pretrained_model', 'load_checkpoint_model', 'check_classes',
-    'preprocessing_of', 'tested_weights', 'weights_file', 'weights_shape', 'weights_config']
+    'check_size', 'preprocessing_of', 'tested_weights', 'weights_file', 'weights_shape', 'weights_config']
 
 
 @dataclass(frozen=True)
@@ -144,6 +144,22 @@ def check_classes(trained: TrainedModel, images: ImageArrays | ImageReader) -> N
     for index, names in enumerate(zip(trained.class_names, images.class_names)):
         if names[0] != names[1]:
             raise ValueError(f"class {index} is '{names[0]}' of {trained.name} and '{names[1]}' of the data")
+
+
+def check_size(trained: TrainedModel, images: ImageArrays | ImageReader) -> None:
+    """Checks that images have the size of a model that takes one only.
+
+    Raises:
+        ValueError: If they have another.
+    """
+    cfg, embed = getattr(trained.model, 'pretrained_cfg', {}), getattr(trained.model, 'patch_embed', None)
+    if not cfg.get('fixed_input_size') or not getattr(embed, 'strict_img_size', True):
+        return
+    size = tuple(getattr(embed, 'img_size', None) or trained.data_config['input_size'][1:])
+    if images.image_shape[1:] != size:
+        raise ValueError(
+            f'{trained.name} takes images of {size[0]}x{size[1]} only, and these are {images.image_shape[1]}x'
+            f'{images.image_shape[2]}: give --img-size {size[0]}')
 
 
 def preprocessing_of(data_config: Mapping[str, Any]) -> dict[str, Any]:
