@@ -37,7 +37,8 @@ def test_norms_that_were_frozen_count_no_batches():
     assert len(weights) < len(create(0).state_dict())
     left = load_all_but_stem(large, weights)
     assert all(name.startswith(('features.conv', 'features.norm')) for name in left)
-    assert torch.equal(large.features.denseblock1.denselayer1.conv1.weight, small.features.denseblock1.denselayer1.conv1.weight)
+    convs = [model.features.denseblock1.denselayer1.conv1 for model in (small, large)]
+    assert torch.equal(convs[0].weight, convs[1].weight)
 
 
 def test_classifier_is_new_for_other_classes():

@@ -126,7 +126,8 @@ def _fill(folder: Path, run: Path, repo_id: str, result: RunResult, trained: Tra
     processes = json.loads((run / 'result.json').read_text(encoding='utf-8')).get('world_size') or 1
     command = 'python' if processes == 1 else f'torchrun --nproc-per-node {processes}'
     files = {path.name for path in folder.iterdir()}
-    (folder / 'README.md').write_text(_model_card(repo_id, result, trained, start, left_out, command, files), encoding='utf-8')
+    card = _model_card(repo_id, result, trained, start, left_out, command, files)
+    (folder / 'README.md').write_text(card, encoding='utf-8')
 
 
 def _first_model(trained: TrainedModel) -> str:

@@ -69,7 +69,8 @@ def freeze_stages(model: nn.Module, count: int) -> None:
     Their parameters get no gradient, and their batch norms keep statistics and weights as buffers.
 
     Args:
-        model: Any timm model with its head; stages are those of `group_matcher(coarse=True)`, dense blocks with their transitions.
+        model: Any timm model with its head; stages are those of `group_matcher(coarse=True)`, dense blocks with their
+            transitions.
         count: Number of stages.
 
     Raises:
