@@ -20,7 +20,7 @@ from .hub import sha256_of
 __all__ = ['BEST_PACKAGED', 'packaged_file', 'check_pretrained', 'check_packaged', 'package_run', 'main']
 
 # Used where no weights are named: those of the highest top-1.
-BEST_PACKAGED = 'dense2net121_s8.short_ft3_c100'
+BEST_PACKAGED = 'dense2net121_s8.short_ft4_c100'
 
 WEIGHTS_DIR = Path(__file__).parent / 'weights'
 SUMS_FILE = WEIGHTS_DIR / 'SHA256SUMS'
