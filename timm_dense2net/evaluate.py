@@ -157,7 +157,7 @@ def evaluate(
         top-1 accuracies). Accuracies are in percent.
 
     Raises:
-        ValueError: If the model's classes are not the data's.
+        ValueError: If the model's classes are not the data's, or it takes images of another size only.
     """
     check_classes(trained, arrays)
     check_size(trained, arrays)
