@@ -38,6 +38,8 @@ from .augment import (
 # Classes, training images and test images of the data sets whose size is known, by the last part of their name.
 _KNOWN_SIZES = {'cifar10': (10, 50000, 10000), 'cifar100': (100, 50000, 10000)}
 
+_KNOWN_SHAPE = (3, 32, 32)
+
 _KNOWN_STATS = {
     'cifar10': ((0.49139968, 0.48215841, 0.44653091), (0.24703223, 0.24348513, 0.26158784)),
     'cifar100': ((0.50707516, 0.48654887, 0.44091784), (0.26733429, 0.25643846, 0.27615047)),
@@ -110,6 +112,9 @@ class ImageReader(Dataset):
             where the images have one size.
         indices: Those of the images that are part of it; None for all.
         **preprocessing: timm's ``interpolation``, ``crop_pct`` and ``crop_mode``, in place of ``PREPROCESSING``'s.
+
+    Raises:
+        ValueError: There is no image, the labels are no class indices, or the first image cannot be decoded.
     """
 
     def __init__(
@@ -283,7 +288,10 @@ def open_dataset(
         input_key: str | None = None,
         target_key: str | None = None,
 ) -> Dataset:
-    """timm's ``create_dataset`` with the split's name and the columns found; see :func:`load_arrays`."""
+    """timm's ``create_dataset`` with the split's name and the columns found.
+
+    Arguments and errors are those of :func:`load_images`.
+    """
     prefix, _, name = dataset.partition('/')
     prefix = prefix.lower()
     if prefix == 'torch' and name:
@@ -425,7 +433,7 @@ def check_images(
 
     Every class must have an image and every label a class. CIFAR-10 and CIFAR-100, known by the last part of
     ``dataset``, must have their published number of images, equally many of each class, and training images, where they
-    are decoded, with the published mean and standard deviation.
+    are decoded in their own size, with the published mean and standard deviation.
 
     Args:
         images: One split.
@@ -452,20 +460,24 @@ def check_images(
     known = _known_name(dataset)
     if int(counts.min()) == 0 and (known is None or not own_labels):
         raise ValueError(f'{name}: no image of class {images.class_names[int(counts.argmin())]!r}.')
-    if known is None:
-        return
+    if known is not None:
+        _check_known(images, known, split, own_labels, name)
 
+
+def _check_known(images: ImageArrays | ImageReader, known: str, split: str, own_labels: bool, name: str) -> None:
     classes, *sizes = _KNOWN_SIZES[known]
     expected = sizes[0] if split == 'train' else sizes[1]
     if len(images) != expected:
         raise ValueError(f'{name}: has {len(images)} images, the whole of it has {expected}.')
     if own_labels and images.num_classes != classes:
         raise ValueError(f'{name}: has {images.num_classes} classes, {known} has {classes}.')
+    counts = torch.bincount(images.labels, minlength=images.num_classes)
     worst = int((counts - expected // classes).abs().argmax())
     if own_labels and int(counts[worst]) != expected // classes:
         raise ValueError(f'{name}: has {int(counts[worst])} images of class {images.class_names[worst]!r}, '
                          f'it should have {expected // classes}.')
-    if split == 'train' and isinstance(images, ImageArrays):
+    # Resized images have other deviations.
+    if split == 'train' and isinstance(images, ImageArrays) and images.image_shape == _KNOWN_SHAPE:
         stats = dataset_stats(images)
         if not np.allclose(stats, _KNOWN_STATS[known], rtol=0., atol=1e-5):
             raise ValueError(f'{name}: mean and deviation are {stats}, {known} has {_KNOWN_STATS[known]}: '

@@ -150,7 +150,9 @@ def evaluate(
         totals.append(torch.stack((loss, hits[:, 0].sum(), hits.sum(), count)))
         after_batch()
     # Added up on the CPU: not every device has float64.
-    loss, top1, top5, count = reduce(torch.stack(totals).cpu().double().sum(0)).tolist()
+    # Where there are fewer images than processes, some have none.
+    total = torch.stack(totals).cpu().double().sum(0) if totals else torch.zeros(4, dtype=torch.float64)
+    loss, top1, top5, count = reduce(total).tolist()
     return dict(loss=loss / count, top1=100. * top1 / count, top5=100. * top5 / count)
 
 
