@@ -262,7 +262,20 @@ def test_images_of_another_size_than_the_only_one_are_refused(folder, tmp_path, 
     assert main(call) == 0
     assert main([*call, '--img-size', '48']) == (0 if fits else 2)
     if not fits:
-        assert 'takes images of 32x32 only, and these are 48x48: give --img-size 32' in capsys.readouterr().err
+        error = capsys.readouterr().err
+        assert 'does not take images of 3x48x48' in error and 'it is made for 32x32 (--img-size 32)' in error
+    assert main([*call, '--img-size', '40']) == 2  # no multiple of the patches' 16
+    assert 'does not take images of 3x40x40' in capsys.readouterr().err
+
+
+def test_models_of_other_channels_are_refused(folder, tmp_path, capsys):
+    path = tmp_path / 'grey.safetensors'
+    model = timm.create_model('test_resnet', num_classes=2, in_chans=1)
+    save_weights(path, model.state_dict(), full_metadata(
+        model='test_resnet', input_size='[1, 32, 32]', mean='[0.4]', std='[0.2]'))
+    assert main(['--checkpoint', str(path), '--dataset', str(folder), '--device', 'cpu']) == 2
+    error = capsys.readouterr().err
+    assert 'grey.safetensors does not take images of 3x32x32' in error and error.count('error: ') == 1
 
 
 def test_images_that_are_no_squares_stay_as_they_are(tmp_path):

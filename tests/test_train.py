@@ -301,7 +301,10 @@ def test_initial_checkpoint(tmp_path, capsys):
     (['--initial-checkpoint', 'nowhere.pth'], ['--initial-checkpoint nowhere.pth', 'no such file']),
     (['--initial-checkpoint', __file__], ['--initial-checkpoint', __file__, 'neither a safetensors file']),
     (['--resume', 'nowhere/at/all'], ['--resume nowhere/at/all: no run is there', 'no such file or folder']),
-    (['--model', 'test_vit'], ['test_vit takes images of 160x160 only', '8x8', '--img-size 160', 'img_size=8']),
+    (['--model', 'test_vit'], ['test_vit does not take images of 3x8x8', 'made for 160x160', '--img-size 160']),
+    (['--model', 'test_vit', '--model-kwargs', 'img_size=64'], ['does not take images of 3x8x8', '--img-size 64']),
+    (['--model', 'dense2net121_s4', '--initial-img-size', '4', '--full-size-epoch', '2'],
+     ['--initial-img-size 4: dense2net121_s4 does not take images of 3x4x4', 'at least']),
 ])
 def test_user_mistakes_are_one_message(tmp_path, monkeypatch, capsys, more, words):
     monkeypatch.chdir(tmp_path)

@@ -30,7 +30,7 @@ from .hub import LOAD_ERRORS, one_line
 from .names import check_model_name
 from .options import public_args, public_model_kwargs, saved_args
 from .start import freeze_stages, pretrained_overlay
-from .trained import check_classes, check_size, load_trained, preprocessing_of, weights_config, weights_file
+from .trained import check_fits, check_input, load_test_split, load_trained, weights_config, weights_file
 from .trainer import Trainer
 from .version import __version__
 
@@ -38,9 +38,6 @@ __all__ = [
     'RunData', 'build_data', 'build_loader', 'build_model', 'build_trained', 'build_trainer', 'environment',
     'source_commit', 'weights_metadata',
 ]
-
-# What models of a fixed size take in timm, so that they take others.
-_SIZE_KWARGS = frozenset(('img_size', 'dynamic_img_size', 'strict_img_size'))
 
 # Held in memory, or read image by image where they are too many.
 Images = Union[ImageArrays, ImageReader]
@@ -64,10 +61,10 @@ class RunData:
     std: tuple[float, ...]
 
 
-def _load_split(args: argparse.Namespace, split: str, **preprocessing) -> Images:
-    return load_images(
-        args.dataset, split, data_dir=args.data_dir, download=args.dataset_download, num_classes=args.num_classes,
-        img_size=args.img_size, input_key=args.input_key, target_key=args.target_key, **preprocessing)
+def _data_args(args: argparse.Namespace) -> dict[str, Any]:
+    return dict(
+        data_dir=args.data_dir, download=args.dataset_download, num_classes=args.num_classes, input_key=args.input_key,
+        target_key=args.target_key)
 
 
 def build_data(args: argparse.Namespace) -> RunData:
@@ -80,7 +77,8 @@ def build_data(args: argparse.Namespace) -> RunData:
         FileNotFoundError: If the data set is not there.
         ValueError: If it is damaged, or does not fit the arguments.
     """
-    train, test = _load_split(args, 'train'), _load_split(args, 'test')
+    train, test = (
+        load_images(args.dataset, split, img_size=args.img_size, **_data_args(args)) for split in ('train', 'test'))
     check_same_classes(train, test)
     if (args.pretrained or args.pretrained_path) and not (args.mean and args.std):
         mean, std = _pretrained_stats(args)
@@ -171,7 +169,7 @@ def build_model(args: argparse.Namespace, images: Images, with_weights: bool = T
             convert_res2net(model, args.res2net_scale)
     except LOAD_ERRORS as e:
         raise ValueError(f'{args.model}: {one_line(e)}') from e
-    _check_size(args, model, images.image_shape)
+    _check_sizes(args, model, tuple(images.image_shape))
     if args.freeze_stages:
         freeze_stages(model, args.freeze_stages)
     return convert_sync_batchnorm(model) if args.sync_bn else model
@@ -189,17 +187,16 @@ def _load_initial(model: nn.Module, path: str) -> None:
         raise ValueError(f'--initial-checkpoint {path}: {why}') from e
 
 
-def _check_size(args: argparse.Namespace, model: nn.Module, image_shape: Sequence[int]) -> None:
-    """Refuses images of other sizes where a model takes one only; its own may be an argument of it."""
-    if not model.pretrained_cfg.get('fixed_input_size'):
-        return
-    if args.initial_img_size:
-        raise ValueError(f'--initial-img-size: {args.model} takes images of one size only')
-    size = model.pretrained_cfg['input_size'][1:]
-    if not _SIZE_KWARGS & args.model_kwargs.keys() and tuple(image_shape[1:]) != tuple(size):
-        raise ValueError(
-            f'{args.model} takes images of {size[0]}x{size[1]} only, and these are {image_shape[1]}x{image_shape[2]}: '
-            f'give --img-size {size[0]}, or --model-kwargs img_size={image_shape[1]} where the model knows that')
+def _check_sizes(args: argparse.Namespace, model: nn.Module, image_shape: tuple[int, int, int]) -> None:
+    """Refuses images that the model does not take, in the size of any epoch."""
+    check_input(model, args.model, image_shape)
+    progressive = _progressive_resize(args)
+    sizes = [progressive.size(epoch, image_shape[1:]) for epoch in range(args.full_size_epoch)] if progressive else []
+    for size in dict.fromkeys(sizes):
+        try:
+            check_input(model, args.model, (image_shape[0], *size))
+        except ValueError as e:
+            raise ValueError(f'--initial-img-size {args.initial_img_size}: {e}') from e
 
 
 def _is_converted(checkpoint: str | None, scale: int | None) -> bool:
@@ -280,12 +277,8 @@ def build_trained(args: argparse.Namespace) -> tuple[nn.Module, RunData]:
     says_model = args.checkpoint and 'model' in load_weights(weights_file(args.checkpoint))[1]
     trained = load_trained(None if says_model else args.model, args.checkpoint, args.model_kwargs)
     args.num_classes = trained.model.num_classes
-    _, height, width = trained.data_config['input_size']
-    if args.img_size is None and height == width:
-        args.img_size = height
-    test = _load_split(args, 'test', **preprocessing_of(trained.data_config))
-    check_classes(trained, test)
-    check_size(trained, test)
+    test = load_test_split(trained, args.dataset, img_size=args.img_size, **_data_args(args))
+    check_fits(trained, test)
     mean, std = _stats_of_channels(
         args, trained.data_config['mean'], trained.data_config['std'], test.image_shape[0])
     return trained.model, RunData(None, test, test, mean, std)

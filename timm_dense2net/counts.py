@@ -1,11 +1,10 @@
 """Sizes of models: parameters, and multiply-accumulates of one image."""
 from __future__ import annotations
 
-import copy
-
-import torch
 import torch.nn as nn
 from torch.utils.flop_counter import FlopCounterMode
+
+from .meta import forward_on_meta
 
 __all__ = ['count_params', 'count_macs']
 
@@ -24,9 +23,6 @@ def count_macs(model: nn.Module, input_size: tuple[int, int, int]) -> int:
         model: The model, on any device.
         input_size: Channels, height and width of the image.
     """
-    dtype = next(model.parameters()).dtype
-    # The counter trips over parameters that ask for gradients where a module is called with one, as CaiT's are.
-    twin = copy.deepcopy(model).to('meta').eval().requires_grad_(False)
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        twin(torch.empty(1, *input_size, device='meta', dtype=dtype))
+    with FlopCounterMode(display=False) as counter:
+        forward_on_meta(model, input_size)
     return counter.get_total_flops() // 2

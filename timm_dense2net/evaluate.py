@@ -22,11 +22,11 @@ from timm.utils import accuracy, reparameterize_model
 from torchvision.transforms.v2 import functional as F
 from tqdm import tqdm
 
-from .data import BatchLoader, ImageArrays, load_arrays
+from .data import BatchLoader, ImageArrays, ImageReader
 from .distributed import find_device
 from .engine import predict
 from .results import expected_calibration_error, fit_temperature, replace_file
-from .trained import TrainedModel, check_classes, check_size, load_trained, preprocessing_of
+from .trained import TrainedModel, check_fits, load_test_split, load_trained
 
 __all__ = ['CORRUPTIONS', 'FlipAverage', 'corrupt', 'cross_fit_calibration', 'evaluate', 'main']
 
@@ -131,7 +131,7 @@ def cross_fit_calibration(logits: torch.Tensor, targets: torch.Tensor, seed: int
 
 def evaluate(
         trained: TrainedModel,
-        arrays: ImageArrays,
+        images: ImageArrays | ImageReader,
         *,
         device: torch.device | str = 'cpu',
         batch_size: int = 256,
@@ -144,7 +144,7 @@ def evaluate(
 
     Args:
         trained: The model; it is moved to `device`.
-        arrays: Images and labels.
+        images: Images and labels; `corruptions` needs those held in memory.
         device: Device to run on.
         batch_size: Images at a time.
         tta_flip: Also average the logits of each image and its mirror image.
@@ -157,32 +157,31 @@ def evaluate(
         top-1 accuracies). Accuracies are in percent.
 
     Raises:
-        ValueError: If the model's classes are not the data's, or it takes images of another size only.
+        ValueError: If the model's classes are not the data's, or it does not take images of their shape.
     """
-    check_classes(trained, arrays)
-    check_size(trained, arrays)
+    check_fits(trained, images)
     model = trained.model.to(device)
     config = trained.data_config
     run = functools.partial(
         _predict, device=device, batch_size=batch_size, mean=config['mean'], std=config['std'])
-    logits, targets = run(model, arrays, 'test')
+    logits, targets = run(model, images, 'test')
     figures = dict(samples=len(targets), **_top(logits, targets))
     if tta_flip:
-        averaged = _top(*run(FlipAverage(model), arrays, 'flip'))
+        averaged = _top(*run(FlipAverage(model), images, 'flip'))
         figures |= {f'{name}_flip': value for name, value in averaged.items()}
     if calibration:
         figures['calibration'] = cross_fit_calibration(logits, targets, seed)
     if corruptions:
         figures['corruptions'] = {
             name: [
-                _top(*run(model, _corrupted(arrays, name, severity, seed), f'{name} {severity}'))['top1']
+                _top(*run(model, _corrupted(images, name, severity, seed), f'{name} {severity}'))['top1']
                 for severity in range(1, len(parameters) + 1)]
             for name, (_, parameters) in CORRUPTIONS.items()}
     return figures
 
 
-def _predict(model, arrays, name, *, device, batch_size, mean, std) -> tuple[torch.Tensor, torch.Tensor]:
-    loader = BatchLoader(arrays, batch_size, device=device, mean=mean, std=std, train=False)
+def _predict(model, images, name, *, device, batch_size, mean, std) -> tuple[torch.Tensor, torch.Tensor]:
+    loader = BatchLoader(images, batch_size, device=device, mean=mean, std=std, train=False)
     return predict(model, tqdm(loader.epoch(0), total=len(loader), desc=name, leave=False))
 
 
@@ -257,13 +256,13 @@ def main(argv: list[str] | None = None) -> int:
         trained = load_trained(args.model, args.checkpoint)
         if args.reparam:
             trained = dataclasses.replace(trained, model=reparameterize_model(trained.model))
-        _, height, width = trained.data_config['input_size']
-        img_size = args.img_size or (width if height == width else None)
-        arrays = load_arrays(
-            args.dataset, 'test', data_dir=args.data_dir, img_size=img_size, input_key=args.input_key,
-            target_key=args.target_key, **preprocessing_of(trained.data_config))
+        # To be corrupted they must be held.
+        memory = dict(memory_limit=None) if args.corruptions else {}
+        images = load_test_split(
+            trained, args.dataset, img_size=args.img_size, data_dir=args.data_dir, input_key=args.input_key,
+            target_key=args.target_key, **memory)
         figures = evaluate(
-            trained, arrays, device=device, batch_size=args.batch_size, tta_flip=args.tta_flip,
+            trained, images, device=device, batch_size=args.batch_size, tta_flip=args.tta_flip,
             calibration=args.calibration, corruptions=args.corruptions, seed=args.seed)
         print(format_figures(figures))
         if args.output:

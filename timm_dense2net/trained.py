@@ -16,13 +16,14 @@ from timm.data import resolve_data_config
 from .checkpoint import load_weights
 from .classes import CIFAR100_CLASSES
 from .convert import METADATA_KEY, reapply_conversion
-from .data import PREPROCESSING, ImageArrays, ImageReader
+from .data import PREPROCESSING, ImageArrays, ImageReader, load_images
 from .hub import LOAD_ERRORS, check_weights, explain_hub_error, one_line
+from .meta import forward_on_meta
 from .names import check_model_name
 
 __all__ = [
-    'TrainedModel', 'load_trained', 'load_pretrained_model', 'load_checkpoint_model', 'check_classes',
-    'check_size', 'preprocessing_of', 'tested_weights', 'weights_file', 'weights_shape', 'weights_config']
+    'TrainedModel', 'load_trained', 'load_pretrained_model', 'load_checkpoint_model', 'load_test_split', 'check_fits',
+    'check_input', 'tested_weights', 'weights_file', 'weights_shape', 'weights_config']
 
 
 @dataclass(frozen=True)
@@ -130,12 +131,8 @@ def _create_for(name: str, weights: Mapping[str, torch.Tensor], model_args: dict
     return timm.create_model(name, **model_args | shape)
 
 
-def check_classes(trained: TrainedModel, images: ImageArrays | ImageReader) -> None:
-    """Checks that images are of a model's classes, by their number and, where both have names, by these.
-
-    Raises:
-        ValueError: If they are not.
-    """
+def _check_classes(trained: TrainedModel, images: ImageArrays | ImageReader) -> None:
+    """By their number and, where both have names, by these."""
     if trained.model.num_classes != images.num_classes:
         raise ValueError(f'{trained.name} has {trained.model.num_classes} classes, the data {images.num_classes}')
     nameless = tuple(str(index) for index in range(images.num_classes))
@@ -146,25 +143,68 @@ def check_classes(trained: TrainedModel, images: ImageArrays | ImageReader) -> N
             raise ValueError(f"class {index} is '{names[0]}' of {trained.name} and '{names[1]}' of the data")
 
 
-def check_size(trained: TrainedModel, images: ImageArrays | ImageReader) -> None:
-    """Checks that images have the size of a model that takes one only.
+def check_input(model: nn.Module, name: str, image_shape: Sequence[int]) -> None:
+    """Checks that a model takes images of a shape, by one that runs through it on the meta device.
+
+    Args:
+        model: The model.
+        name: What it is called in the message.
+        image_shape: Channels, height and width.
 
     Raises:
-        ValueError: If they have another.
+        ValueError: If it does not.
     """
-    cfg, embed = getattr(trained.model, 'pretrained_cfg', {}), getattr(trained.model, 'patch_embed', None)
-    if not cfg.get('fixed_input_size') or not getattr(embed, 'strict_img_size', True):
-        return
-    size = tuple(getattr(embed, 'img_size', None) or trained.data_config['input_size'][1:])
-    if images.image_shape[1:] != size:
-        raise ValueError(
-            f'{trained.name} takes images of {size[0]}x{size[1]} only, and these are {images.image_shape[1]}x'
-            f'{images.image_shape[2]}: give --img-size {size[0]}')
+    try:
+        forward_on_meta(model, tuple(image_shape))
+    except (AssertionError, IndexError, RuntimeError, TypeError, ValueError) as e:
+        shape = 'x'.join(map(str, image_shape))
+        raise ValueError(f'{name} does not take images of {shape} ({one_line(e)}){_own_size(model)}') from e
 
 
-def preprocessing_of(data_config: Mapping[str, Any]) -> dict[str, Any]:
-    """What of a data config says how images are resized and cropped, for `data.load_images`."""
-    return {key: data_config[key] for key in PREPROCESSING}
+def _own_size(model: nn.Module) -> str:
+    """For a message, the size that a model is made for, if it is for one only."""
+    cfg = getattr(model, 'pretrained_cfg', {})
+    if not cfg.get('fixed_input_size'):
+        return ''
+    height, width = getattr(getattr(model, 'patch_embed', None), 'img_size', None) or cfg['input_size'][1:]
+    return f'; it is made for {height}x{width} (--img-size {height})'
+
+
+def check_fits(trained: TrainedModel, images: ImageArrays | ImageReader) -> None:
+    """Checks that images are of a model's classes, and of a shape that it takes.
+
+    Raises:
+        ValueError: If they are not.
+    """
+    _check_classes(trained, images)
+    check_input(trained.model, trained.name, images.image_shape)
+
+
+def load_test_split(
+        trained: TrainedModel,
+        dataset: str,
+        *,
+        img_size: int | None = None,
+        **kwargs,
+) -> ImageArrays | ImageReader:
+    """The test split of a data set, its images resized and cropped as the model's weights ask for.
+
+    Args:
+        trained: The model.
+        dataset: As for `data.load_images`.
+        img_size: Side of the images; the model's own if it has one for all sides.
+        **kwargs: Further arguments of `data.load_images`.
+
+    Raises:
+        FileNotFoundError: If the data set is not there.
+        ValueError: If it is damaged.
+    """
+    config = trained.data_config
+    _, height, width = config['input_size']
+    if img_size is None and height == width:
+        img_size = height
+    preprocessing = {key: config[key] for key in PREPROCESSING}
+    return load_images(dataset, 'test', img_size=img_size, **preprocessing, **kwargs)
 
 
 def weights_file(path: str | Path) -> Path:
