@@ -2,6 +2,7 @@
 import csv
 import json
 from copy import deepcopy
+from types import SimpleNamespace
 
 import pytest
 import timm
@@ -12,12 +13,14 @@ from timm.optim import create_optimizer_v2
 from timm.utils import accuracy
 from training_runs import arguments, finish, read_state, read_summary_rows, run_here, start
 
-from timm_dense2net import build, runs, training_form
+from timm_dense2net import build, runs, trainer, training_form
 from timm_dense2net.counts import count_macs
 from timm_dense2net.checkpoint import load_weights, save_weights
 from timm_dense2net.distributed import Processes
 from timm_dense2net.engine import TrainLoss, TrainStep, evaluate, predict
 from timm_dense2net.options import parse_args
+from timm_dense2net.results import read_summary
+from timm_dense2net.runs import RunFolder
 from timm_dense2net.trained import load_trained
 
 
@@ -313,6 +316,34 @@ def test_user_mistakes_are_one_message(tmp_path, monkeypatch, capsys, more, word
     assert error.count('error: ') == 1 and 'Traceback' not in error
     assert all(word in error for word in words), error
     assert not list(tmp_path.iterdir())
+
+
+def test_time_of_training_is_that_of_its_steps(tmp_path, monkeypatch):
+    now = 0.
+
+    def takes(seconds, owner, name):
+        original = getattr(owner, name)
+
+        def slow(*args, **kwargs):
+            nonlocal now
+            now += seconds
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, slow)
+
+    monkeypatch.setattr(trainer, 'time', SimpleNamespace(perf_counter=lambda: now))
+    takes(1, trainer.TrainStep, '__call__')
+    takes(10, trainer, 'evaluate')
+    takes(100, RunFolder, 'add_epoch')
+    takes(1000, trainer, 'save_state')
+    assert run_here(arguments(tmp_path, '--epochs', '2', '--checkpoint-interval', '3')) == 0
+    result = json.loads((tmp_path / 'run' / 'result.json').read_text())
+    steps = result['updates']
+    rows = read_summary(tmp_path / 'run' / 'summary.csv')
+    assert rows['train_images_per_second'] == [result['batch_size']] * 2
+    assert result['images_per_second'] == result['batch_size']
+    saves = 1 + steps // 3 + 2  # at the beginning, every third step and after each epoch
+    assert result['train_seconds'] == steps + 2 * 10 + 2 * 100 + saves * 1000
 
 
 def test_ema_follows_timm():

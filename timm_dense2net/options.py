@@ -26,7 +26,7 @@ from .checkpoint import CHECKPOINT_FILE, PREVIOUS_FILE
 
 __all__ = [
     'build_parser', 'parse_args', 'check_args', 'list_recipes', 'load_recipe', 'saved_args', 'public_args',
-    'public_model_kwargs', 'recipe_name', 'ARGS_FILE', 'PLACES', 'SCHEDULES']
+    'public_model_kwargs', 'recipe_name', 'ARGS_FILE', 'HOST_ARGS', 'PLACES', 'SCHEDULES']
 
 ARGS_FILE = 'args.yaml'
 _OUTPUT = './output'
@@ -40,14 +40,17 @@ _NOT_SAVED = ('resume', 'eval_only', 'checkpoint')
 # They tell of the machine that a run was made on, and nothing of the run.
 PLACES = frozenset(('output', 'experiment', 'data_dir', 'pretrained_path', 'initial_checkpoint'))
 
+# They say how a machine does the work and what it shows of it.
+HOST_ARGS = frozenset((
+    'device', 'workers', 'log_interval', 'checkpoint_interval', 'log_wandb', 'log_tensorboard', 'dataset_download'))
+
 # What timm.create_model takes of where weights are; the rest of --model-kwargs is the model's shape.
 _WEIGHT_KWARGS = frozenset(('pretrained_cfg', 'pretrained_cfg_overlay', 'cache_dir'))
 
-# What a resumed run may change: where things are, how often the host looks, how fast it goes, how long it lasts.
-_MAY_CHANGE = frozenset((
-    'output', 'experiment', 'recipe', 'device', 'log_interval', 'checkpoint_interval', 'log_wandb', 'log_tensorboard',
-    'dataset_download', 'data_dir', 'workers', 'batch_size', 'validation_batch_size', 'grad_accum_steps', 'epochs',
-    'early_stop_patience', 'channels_last', 'grad_checkpointing', 'torchcompile', 'dist_bn', 'sync_bn'))
+# What a resumed run may change: where things are, how the host works, how fast it goes, how long it lasts.
+_MAY_CHANGE = HOST_ARGS | {
+    'output', 'experiment', 'recipe', 'data_dir', 'batch_size', 'validation_batch_size', 'grad_accum_steps', 'epochs',
+    'early_stop_patience', 'channels_last', 'grad_checkpointing', 'torchcompile', 'dist_bn', 'sync_bn'}
 
 
 # Option, what it must be, and whether a value is that; text is as it stands in the message.

@@ -21,7 +21,7 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 from timm.models import get_pretrained_cfg, save_for_hf
 
 from .hub import DIGEST_KEY, HUB_ERRORS, WEIGHTS_FILE, explain_hub_error, sha256_of
-from .options import ARGS_FILE, public_args
+from .options import ARGS_FILE, HOST_ARGS, public_args
 from .report import RunResult, read_run
 from .trained import TrainedModel, load_checkpoint_model, tested_weights
 
@@ -31,8 +31,8 @@ __all__ = ['PublishError', 'write_hub_folder', 'push_hub_folder', 'main']
 _RUN_FILES = (
     'report.json', 'summary.csv', 'curves.png', 'confusion_matrix.png', 'per_class.csv', 'per_superclass.csv')
 
-# Arguments that somebody else's machine need not share; `recipe` would make a run's arguments of the recipe.
-_OWN_ARGS = frozenset(('recipe', 'device', 'workers'))
+# Arguments that are not given away; `recipe` would make a run's arguments of the recipe.
+_OWN_ARGS = HOST_ARGS | {'recipe'}
 
 # Hub id and name of data sets known here, by the last part of timm's data set name.
 _HUB_DATASETS = {'cifar100': ('uoft-cs/cifar100', 'CIFAR-100'), 'cifar10': ('uoft-cs/cifar10', 'CIFAR-10')}

@@ -24,7 +24,7 @@ import yaml
 from timm.models import split_model_name_tag
 
 from .options import (
-    ARGS_FILE, PLACES, build_parser, list_recipes, load_recipe, public_model_kwargs, recipe_name)
+    ARGS_FILE, HOST_ARGS, PLACES, build_parser, list_recipes, load_recipe, public_model_kwargs, recipe_name)
 from .results import new_figure, read_summary, replace_file, save_figure, write_csv
 
 __all__ = [
@@ -59,11 +59,10 @@ BEGIN, END = '<!-- results:begin -->', '<!-- results:end -->'
 
 
 # Arguments that say where, when and how fast a run was made, not what was trained.
-_NOT_OVERRIDES = frozenset((
-    'recipe', 'model', 'seed', 'output', 'experiment', 'device', 'log_interval', 'checkpoint_interval', 'log_wandb',
-    'log_tensorboard', 'dataset', 'data_dir', 'dataset_download', 'input_key', 'workers',
-    'validation_batch_size', 'channels_last', 'grad_checkpointing', 'torchcompile', 'sync_bn', 'dist_bn', 'num_classes',
-    'mean', 'std', 'batch_size', 'grad_accum_steps'))
+_NOT_OVERRIDES = HOST_ARGS | {
+    'recipe', 'model', 'seed', 'output', 'experiment', 'dataset', 'data_dir', 'input_key', 'validation_batch_size',
+    'channels_last', 'grad_checkpointing', 'torchcompile', 'sync_bn', 'dist_bn', 'num_classes', 'mean', 'std',
+    'batch_size', 'grad_accum_steps'}
 
 
 @dataclasses.dataclass(frozen=True)

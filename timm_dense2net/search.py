@@ -32,7 +32,7 @@ from .build import build_data, build_trainer
 from .dense2net import SplitHierarchyConv2d
 from .distributed import Processes, find_device
 from .hub import one_line
-from .options import SCHEDULES, build_parser, check_args, parse_args, saved_args
+from .options import HOST_ARGS, SCHEDULES, build_parser, check_args, parse_args, saved_args
 from .results import replace_file, save_figure, write_csv
 from .runs import RunFolder, read_resumed_state
 from .trainer import Interrupted, StopSignal, Trainer, TrainingError
@@ -55,9 +55,7 @@ __all__ = [
 _logger = logging.getLogger(__name__)
 
 # Where a run lies, how it is watched and what it may look at: no part of what is found.
-_NOT_IN_RECIPE = (
-    'recipe', 'output', 'experiment', 'device', 'data_dir', 'dataset_download', 'workers', 'hold_out', 'log_interval',
-    'checkpoint_interval', 'log_wandb', 'log_tensorboard')
+_NOT_IN_RECIPE = HOST_ARGS | {'recipe', 'output', 'experiment', 'data_dir', 'hold_out'}
 
 _SGD = ('momentum', 'nesterov', 'nesterovw')  # and those with sgd in their names
 _LR_RANGES = {'lr': (0.01, 0.5), 'lr_adaptive': (1e-4, 1e-2)}

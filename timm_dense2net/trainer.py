@@ -214,7 +214,10 @@ class Trainer:
             self.save()
         try:
             while not self.finished:
-                self._train_epoch()
+                try:
+                    self._train_epoch()
+                finally:
+                    self._tick('train')
                 self._evaluate()
                 self._end_epoch()
         except Interrupted:
@@ -254,6 +257,7 @@ class Trainer:
     def _save_or_stop(self, first: int) -> None:
         interval = self.args.checkpoint_interval
         if interval and self.updates % interval == 0:
+            self._tick('train')
             self.save()
         if not self.processes.distributed:
             self._stop_if_asked()
@@ -297,7 +301,6 @@ class Trainer:
             f' good state is kept in {self.path}')
 
     def _evaluate(self) -> None:
-        self._tick('train')
         self._check_weights()
         if self.processes.distributed and self.args.dist_bn:
             for model in dict.fromkeys((self.model, self.model_to_keep)):
@@ -333,6 +336,7 @@ class Trainer:
                 f' {self.best["top1"]:.2f}), lr {lr:.3g}, {train["seconds"]:.1f} s')
         self.epoch, self.batches_done = self.epoch + 1, 0
         self.figures.zero_()
+        self._tick()
         self.seconds.update(epoch=0., epoch_train=0.)
         self.save()
 
@@ -358,13 +362,12 @@ class Trainer:
             TrainingError: If a loss or a weight is not finite; nothing is written then.
             OSError: If the state cannot be written; the one before it is kept.
         """
-        if self.batches_done:
-            self._tick('train')
         self._check_loss()
         self._check_weights()
         state = self.state_dict()
         if self.folder is not None:
             save_state(self.folder.path, state)
+        self._tick()
 
     def state_dict(self) -> dict[str, Any]:
         """All that the rest of the run depends on; every process must take part."""
