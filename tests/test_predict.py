@@ -122,7 +122,7 @@ def test_files_folders_and_patterns_are_found_in_order(pictures):
         ('1.png', None), ('3.png', None), ('0.png', None)]
     assert [name for name, _ in names(str(pictures))][:5] == ['0.png', '1.png', '2.png', '3.png', 'UPPER.JPG']
     assert names(f'{pictures}/*.gif') == [('*.gif', 'no file matches this pattern')]
-    (pictures / 'empty').mkdir()
+    (pictures / 'empty' / 'folder.jpg').mkdir(parents=True)
     assert names(str(pictures / 'empty')) == [('empty', 'no picture in this folder')]
     bracket = picture(pictures / 'odd[1].png')
     assert names(str(bracket)) == [('odd[1].png', None)]

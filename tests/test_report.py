@@ -293,6 +293,7 @@ def test_readme_without_its_marks_is_left_alone(project, capsys, text):
     (['run', '--readme', 'README.md'], '--readme needs --results'),
     (['--results', 'r.csv', '--check'], '--check needs --readme'),
     (['run', '--results', 'r.csv', '--readme', 'R.md', '--check'], 'no runs'),
+    (['--results', 'r.csv', '--readme', 'R.md', '--check', '--output', 'out'], 'no --output'),
 ])
 def test_a_wrong_call_is_refused(capsys, call, message):
     with pytest.raises(SystemExit) as stop:

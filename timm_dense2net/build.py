@@ -19,7 +19,7 @@ from timm.layers import convert_sync_batchnorm
 from timm.models import get_arch_name, is_model, load_checkpoint
 from timm.utils import random_seed
 
-from .augment import AugmentConfig, ProgressiveResize
+from .augment import ProgressiveResize
 from .checkpoint import load_weights
 from .convert import conversion_metadata, convert_res2net, load_converted, recorded_conversion
 from .data import (
@@ -28,7 +28,7 @@ from .data import (
 from .distributed import Processes
 from .hub import LOAD_ERRORS, one_line
 from .names import check_model_name
-from .options import public_args, public_model_kwargs, saved_args
+from .options import augment_config, public_args, public_model_kwargs, saved_args
 from .start import freeze_stages, pretrained_overlay
 from .trained import check_fits, check_input, load_test_split, load_trained, weights_config, weights_file
 from .trainer import Trainer
@@ -224,18 +224,9 @@ def build_loader(
     batch_size = args.batch_size if train else args.validation_batch_size or args.batch_size
     return BatchLoader(
         images, batch_size * processes.world_size, device=processes.device, mean=data.mean, std=data.std, train=train,
-        augment=_augment_config(args) if train else None, progressive=_progressive_resize(args) if train else None,
+        augment=augment_config(args) if train else None, progressive=_progressive_resize(args) if train else None,
         seed=args.seed, rank=processes.rank, world_size=processes.world_size, channels_last=args.channels_last,
         num_workers=args.workers)
-
-
-def _augment_config(args: argparse.Namespace) -> AugmentConfig | None:
-    if not args.aug:
-        return None
-    return AugmentConfig(
-        hflip=args.hflip, crop_padding=args.crop_padding, auto_augment=args.aa, cutout_holes=args.cutout_holes,
-        cutout_length=args.cutout_length, mixup=args.mixup, cutmix=args.cutmix, mixup_prob=args.mixup_prob,
-        mixup_switch_prob=args.mixup_switch_prob, mixup_off_epoch=args.mixup_off_epoch, smoothing=args.smoothing)
 
 
 def _progressive_resize(args: argparse.Namespace) -> ProgressiveResize | None:

@@ -1,9 +1,16 @@
-"""Names of timm's models."""
+"""Names that are asked for and may be misspelt."""
 import difflib
+from collections.abc import Iterable
 
 from timm.models import is_model, list_models, split_model_name_tag
 
-__all__ = ['check_model_name']
+__all__ = ['check_model_name', 'did_you_mean']
+
+
+def did_you_mean(name: str, names: Iterable[str]) -> str:
+    """End of a message on an unknown name: those that are close to it, if any."""
+    close = difflib.get_close_matches(name, names, n=3)
+    return f', did you mean {" or ".join(close)}?' if close else ''
 
 
 def check_model_name(name: str) -> None:
@@ -12,8 +19,5 @@ def check_model_name(name: str) -> None:
     Raises:
         ValueError: If it has none; names that are close to it are told.
     """
-    if is_model(name):
-        return
-    close = difflib.get_close_matches(split_model_name_tag(name)[0], list_models(), n=3)
-    hint = f', did you mean {" or ".join(close)}?' if close else ''
-    raise ValueError(f"timm has no model '{name}'{hint}")
+    if not is_model(name):
+        raise ValueError(f"timm has no model '{name}'{did_you_mean(split_model_name_tag(name)[0], list_models())}")

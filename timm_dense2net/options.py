@@ -6,7 +6,6 @@ saved with a run that is resumed, the command line.
 from __future__ import annotations
 
 import argparse
-import difflib
 import importlib.util
 import json
 import math
@@ -22,10 +21,12 @@ from timm.optim import list_optimizers
 from timm.utils import ParseKwargs
 from timm.utils.distributed import is_distributed_env
 
+from .augment import AugmentConfig
 from .checkpoint import CHECKPOINT_FILE, PREVIOUS_FILE
+from .names import did_you_mean
 
 __all__ = [
-    'build_parser', 'parse_args', 'check_args', 'list_recipes', 'load_recipe', 'saved_args', 'public_args',
+    'augment_config', 'build_parser', 'parse_args', 'check_args', 'list_recipes', 'load_recipe', 'saved_args', 'public_args',
     'public_model_kwargs', 'recipe_name', 'ARGS_FILE', 'HOST_ARGS', 'PLACES', 'SCHEDULES']
 
 ARGS_FILE = 'args.yaml'
@@ -257,8 +258,7 @@ def _check_values(values: Mapping[str, Any], parser: argparse.ArgumentParser, so
     checked = {}
     for key, value in values.items():
         if key not in actions:
-            close = difflib.get_close_matches(str(key), actions, n=1)
-            raise ValueError(f"{source}: unknown key '{key}'" + (f", did you mean '{close[0]}'?" if close else ''))
+            raise ValueError(f"{source}: unknown key '{key}'{did_you_mean(str(key), actions)}")
         checked[key] = _check_value(actions[key], value, f'{source}: {key}')
     return checked
 
@@ -415,10 +415,10 @@ def check_args(args: argparse.Namespace) -> None:
         ValueError: Naming the value, or the two options that cannot go together.
     """
     _check_ranges(args)
-    if args.opt.rpartition('_')[2] not in list_optimizers():
-        close = difflib.get_close_matches(args.opt, list_optimizers())
-        hint = f', did you mean {" or ".join(close)}?' if close else ''
-        raise ValueError(f"timm has no optimizer '{args.opt}'{hint}")
+    _check_augmentation(args)
+    # timm itself drops any other first word.
+    if args.opt.lower().removeprefix('lookahead_') not in list_optimizers():
+        raise ValueError(f"timm has no optimizer '{args.opt}'{did_you_mean(args.opt, list_optimizers())}")
     if args.torchcompile and args.torchcompile not in (backends := torch.compiler.list_backends(exclude_tags=())):
         raise ValueError(f"torch has no compiler backend '{args.torchcompile}', only {', '.join(backends)}")
     if args.sched == 'plateau' and (args.warmup_epochs or args.sched_on_updates):
@@ -463,6 +463,28 @@ def _check_ranges(args: argparse.Namespace) -> None:
             raise ValueError(f'{_option(name)} must be {wanted}, got {value}')
     if args.sched == 'plateau' and args.decay_rate >= 1:
         raise ValueError(f'--decay-rate must be below 1 for --sched plateau, got {args.decay_rate}')
+
+
+def augment_config(args: argparse.Namespace) -> AugmentConfig | None:
+    """What is done to training batches; None for nothing.
+
+    Raises:
+        ValueError: If a value is out of its range, naming it as `AugmentConfig` does.
+    """
+    if not args.aug:
+        return None
+    return AugmentConfig(
+        hflip=args.hflip, crop_padding=args.crop_padding, auto_augment=args.aa, cutout_holes=args.cutout_holes,
+        cutout_length=args.cutout_length, mixup=args.mixup, cutmix=args.cutmix, mixup_prob=args.mixup_prob,
+        mixup_switch_prob=args.mixup_switch_prob, mixup_off_epoch=args.mixup_off_epoch, smoothing=args.smoothing)
+
+
+def _check_augmentation(args: argparse.Namespace) -> None:
+    try:
+        augment_config(args)
+    except ValueError as e:
+        name, _, fault = str(e).partition(' ')
+        raise ValueError(f'{_option("aa" if name == "auto_augment" else name)} {fault}') from e
 
 
 def _option(name: str) -> str:

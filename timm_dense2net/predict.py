@@ -66,7 +66,8 @@ def find_images(arguments: Iterable[str], stdin: Callable[[], bytes] | None = No
         if argument == '-':
             yield from _from_stdin(stdin() if stdin else sys.stdin.buffer.read())
         elif os.path.isdir(argument):
-            found = sorted(path for path in Path(argument).rglob('*') if path.suffix.lower() in _EXTENSIONS)
+            found = sorted(
+                path for path in Path(argument).rglob('*') if path.suffix.lower() in _EXTENSIONS and path.is_file())
             yield from (Source(str(path)) for path in found)
             if not found:
                 yield Source(argument, error='no picture in this folder')

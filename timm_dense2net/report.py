@@ -498,8 +498,8 @@ def main(argv: list[str] | None = None) -> int:
         parser.error('give run folders, or --results')
     if args.readme and not args.results:
         parser.error('--readme needs --results')
-    if args.check and (not args.readme or args.runs):
-        parser.error('--check needs --readme and --results, and no runs')
+    if args.check and (not args.readme or args.runs or args.output):
+        parser.error('--check needs --readme and --results, and writes nothing: give no runs and no --output')
 
     results, bad = [], 0
     for run in args.runs:

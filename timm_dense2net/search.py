@@ -20,7 +20,7 @@ import time
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import yaml
@@ -28,7 +28,7 @@ from timm.optim import list_optimizers
 from timm.utils import setup_default_logging
 from tqdm import tqdm
 
-from .build import build_data, build_trainer
+from .build import RunData, build_data, build_trainer
 from .dense2net import SplitHierarchyConv2d
 from .distributed import Processes, find_device
 from .hub import one_line
@@ -43,9 +43,6 @@ try:
     from optuna.trial import FrozenTrial, Trial, TrialState
 except ImportError as e:
     raise ImportError("the search needs Optuna: pip install -e '.[search]'") from e
-
-if TYPE_CHECKING:
-    from .build import RunData
 
 __all__ = [
     'SearchSpace', 'ValidSampler', 'Worker', 'open_study', 'trial_args', 'write_best', 'write_trials', 'draw_plots',
@@ -73,7 +70,7 @@ class SearchSpace:
         bn_size: Width of a layer's bottleneck in multiples of the growth rate.
 
     Raises:
-        ValueError: If no combination is valid.
+        ValueError: If a growth rate and a scale can have none of the cardinalities.
     """
 
     def __init__(
@@ -420,13 +417,10 @@ def _build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def search(args: argparse.Namespace, train_args: argparse.Namespace) -> None:
+def search(args: argparse.Namespace, train_args: argparse.Namespace, space: SearchSpace) -> None:
     """Works on a study, then writes its tables, plots and best recipe."""
     folder = Path(train_args.output, args.study)
     folder.mkdir(parents=True, exist_ok=True)
-    space = SearchSpace(
-        args.scales, args.cardinalities, args.growth_rates, args.opts, args.scheds,
-        bn_size=train_args.model_kwargs.get('bn_size', 4))
     url = args.storage or f'sqlite:///{folder / "study.db"}'
     study = open_study(args.study, url, space, train_args.epochs, args.heartbeat)
     # On its own, whatever started it: workers share the study and no trial.
@@ -466,11 +460,14 @@ def main(argv: list[str] | None = None) -> int:
             raise ValueError('the search judges by held-out training images: give --hold-out N (5000 for CIFAR-100)')
         if args.trials < 0 or args.heartbeat < 1:
             raise ValueError(f'--trials must be at least 0 and --heartbeat 1, got {args.trials} and {args.heartbeat}')
+        space = SearchSpace(
+            args.scales, args.cardinalities, args.growth_rates, args.opts, args.scheds,
+            bn_size=train_args.model_kwargs.get('bn_size', 4))
     except (ValueError, OSError) as e:
         print(f'error: {e}', file=sys.stderr)
         return 2
     try:
-        search(args, train_args)
+        search(args, train_args, space)
     except Interrupted as e:
         print(f'{e}: a trial at hand is given out again, the same command goes on', file=sys.stderr)
         return 128 + e.signum
