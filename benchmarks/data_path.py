@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from timm_dense2net.augment import AugmentConfig
 from timm_dense2net.data import BatchLoader, ImageArrays, dataset_stats, load_arrays
-from timm_dense2net.results import write_csv
+from timm_dense2net.files import write_csv
 
 CUTOUT_LENGTH = 8
 

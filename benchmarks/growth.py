@@ -24,7 +24,8 @@ from tqdm import tqdm
 from memory import peak_mb_of
 from timm_dense2net.counts import count_macs
 from timm_dense2net.dense2net import Dense2Net
-from timm_dense2net.results import new_figure, replace_file, save_figure, write_csv
+from timm_dense2net.figures import new_figure, save_figure
+from timm_dense2net.files import write_csv, write_text
 
 DEVICE = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
 BATCHES = (1, 4, 16, 64, 256, 1024)
@@ -121,8 +122,7 @@ def write_tables(model: str, rows: List[Dict[str, Any]], out: Path) -> str:
     lines += ['', 'Superlinear growth:' if found else 'No superlinear growth.'] + [f'* {line}' for line in found]
     text = '\n'.join(lines) + '\n'
     out.mkdir(parents=True, exist_ok=True)
-    with replace_file(out / 'growth.md') as temporary:
-        temporary.write_text(text)
+    write_text(out / 'growth.md', text)
     write_csv(out / 'growth.csv', COLUMNS, ([row[c] for c in COLUMNS] for row in rows))
     return text
 

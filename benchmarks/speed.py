@@ -28,7 +28,8 @@ from tqdm import tqdm
 import timm_dense2net  # noqa: F401
 from memory import peak_mb_of
 from reference import PlainDense2Net
-from timm_dense2net.results import new_figure, replace_file, save_figure, write_csv
+from timm_dense2net.figures import new_figure, save_figure
+from timm_dense2net.files import write_csv, write_text
 
 DEVICE = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
 CONTENDERS = {
@@ -220,8 +221,7 @@ def write_tables(rows: List[Dict[str, Any]], scale: int, rounds: int, rates: Tup
                      if name in {r['network'] for r in rows}]
     text = '\n'.join(lines) + '\n'
     out.mkdir(parents=True, exist_ok=True)
-    with replace_file(out / 'speed.md') as temporary:
-        temporary.write_text(text)
+    write_text(out / 'speed.md', text)
     write_csv(out / 'speed.csv', COLUMNS, ([row[c] for c in COLUMNS] for row in rows))
     return text
 

@@ -27,7 +27,8 @@ from tqdm import tqdm
 from memory import peak_mb_of
 from speed import DEVICE, machine, seconds
 from timm_dense2net.counts import count_macs, count_params
-from timm_dense2net.results import new_figure, replace_file, save_figure, write_csv
+from timm_dense2net.figures import new_figure, save_figure
+from timm_dense2net.files import write_csv, write_text
 from timm_dense2net.table import TABLE
 
 MODES = {'forward': 'forward pass', 'train': 'training step', 'checkpointed': 'training step, checkpointed'}
@@ -144,8 +145,7 @@ def main() -> None:
         rows += measure(mode, args.models, args.batch, args.img_size, args.rounds)
         write_csv(args.output / 'table_models.csv', COLUMNS, ([row[c] for c in COLUMNS] for row in rows))
     text = markdown(rows, args.rounds)
-    with replace_file(args.output / 'table_models.md') as temporary:
-        temporary.write_text(text)
+    write_text(args.output / 'table_models.md', text)
     print(text)
     plot(rows, args.output / 'table_models.png')
 

@@ -20,7 +20,7 @@ import torch
 from test_fine_tuning import write_folder
 from training_runs import run_here
 
-from timm_dense2net import results
+from timm_dense2net import figures
 from timm_dense2net.__main__ import main
 from timm_dense2net.checkpoint import save_weights
 from timm_dense2net.options import build_parser, parse_args
@@ -157,7 +157,7 @@ def run_command(command, monkeypatch):
     if words[:2] == ['python', 'train_cifar.py']:
         # Drawing takes most of a tiny run's time, and a run does without it where matplotlib is missing.
         with monkeypatch.context() as patch:
-            patch.setattr(results, '_has_matplotlib', lambda: False)
+            patch.setattr(figures, 'has_matplotlib', lambda: False)
             return run_training(words[2:])
     if words[:3] == ['python', '-m', 'timm_dense2net']:
         return main(words[3:])

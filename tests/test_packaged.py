@@ -14,6 +14,7 @@ from timm_dense2net.checkpoint import load_weights, save_weights
 from timm_dense2net.classes import CIFAR100_CLASSES
 from timm_dense2net.evaluate import main as evaluate_main
 from timm_dense2net.options import PLACES
+from timm_dense2net.package import package_run
 
 ROOT = Path(__file__).parent.parent
 CIFAR100 = ROOT.parent / 'shared' / 'cifar100'
@@ -38,7 +39,7 @@ def test_list_pretrained_is_true():
     ours = {n for n in timm.list_pretrained() if n.split('.')[0] in timm.list_models(module='dense2net')}
     assert ours == set(TAGGED)
     files = {f'{n}.safetensors' for n in TAGGED}
-    assert {p.name for p in packaged.WEIGHTS_DIR.glob('*.safetensors')} == files == set(packaged._read_sums())
+    assert {p.name for p in packaged.WEIGHTS_DIR.glob('*.safetensors')} == files == set(packaged.read_sums())
 
 
 @pytest.mark.parametrize('name', TAGGED)
@@ -115,7 +116,7 @@ def test_weights_that_fit_no_name_are_not_packaged(changed, message, tmp_path, m
     save_weights(tmp_path / 'last.safetensors', timm.create_model(NAME).state_dict(), metadata | changed)
     monkeypatch.setattr(packaged, 'WEIGHTS_DIR', tmp_path / 'weights')
     with pytest.raises(ValueError, match=message):
-        packaged.package_run(tmp_path, 'quick')
+        package_run(tmp_path, 'quick')
     assert not (tmp_path / 'weights').exists()
 
 
@@ -126,9 +127,9 @@ def test_the_weights_that_the_run_tested_are_packaged(tmp_path, monkeypatch):
         save_weights(tmp_path / f'{name}.safetensors', state_dict, metadata | dict(epoch=name))
     monkeypatch.setattr(packaged, 'WEIGHTS_DIR', tmp_path / 'weights')
     monkeypatch.setattr(packaged, 'SUMS_FILE', tmp_path / 'weights' / 'SHA256SUMS')
-    assert load_weights(packaged.package_run(tmp_path, 'quick'))[1]['epoch'] == 'last'
+    assert load_weights(package_run(tmp_path, 'quick'))[1]['epoch'] == 'last'
     (tmp_path / 'result.json').write_text('{"tested": "best"}')
-    assert load_weights(packaged.package_run(tmp_path, 'quick'))[1]['epoch'] == 'best'
+    assert load_weights(package_run(tmp_path, 'quick'))[1]['epoch'] == 'best'
 
 
 @pytest.mark.skipif(not CIFAR100.is_dir(), reason='needs ../shared/cifar100, the CIFAR-100 parquet files')

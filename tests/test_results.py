@@ -12,11 +12,12 @@ import pytest
 import torch
 from timm.utils import update_summary
 
-from timm_dense2net import results
+from timm_dense2net import curves
+from timm_dense2net.calibration import expected_calibration_error, fit_temperature
 from timm_dense2net.classes import CIFAR100_CLASSES, CIFAR100_SUPERCLASS_OF, CIFAR100_SUPERCLASSES
-from timm_dense2net.results import (
-    expected_calibration_error, fit_temperature, read_summary, replace_file, update_curves, write_final_report,
-)
+from timm_dense2net.curves import read_summary, update_curves
+from timm_dense2net.files import LEFTOVERS, replace_file
+from timm_dense2net.results import write_final_report
 
 CIFAR100 = Path(__file__).parents[1] / '../shared/cifar100'
 
@@ -220,7 +221,7 @@ def test_curves_are_drawn_after_every_epoch(tmp_path):
 def test_curves_draw_every_known_column_and_annotate_best_and_last(tmp_path, monkeypatch):
     pytest.importorskip('matplotlib')
     drawn = []
-    monkeypatch.setattr(results, 'save_figure', lambda figure, path: drawn.append(figure))
+    monkeypatch.setattr(curves, 'save_figure', lambda figure, path: drawn.append(figure))
     write_summary(tmp_path)
     update_curves(tmp_path)
     accuracy_axes, loss_axes = drawn[0].axes
@@ -234,7 +235,7 @@ def test_curves_draw_every_known_column_and_annotate_best_and_last(tmp_path, mon
 def test_losses_far_above_the_others_are_cut_off(tmp_path, monkeypatch):
     pytest.importorskip('matplotlib')
     drawn = []
-    monkeypatch.setattr(results, 'save_figure', lambda figure, path: drawn.append(figure))
+    monkeypatch.setattr(curves, 'save_figure', lambda figure, path: drawn.append(figure))
     (tmp_path / 'summary.csv').write_text(
         'epoch,train_loss,eval_loss,train_top1,eval_top1\n0,4.0,125323,7,1\n1,3.0,3.5,19,13\n')
     update_curves(tmp_path)
@@ -274,6 +275,7 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
     assert path.read_text() == 'old'
     with replace_file(path) as temporary:
         assert temporary.parent == tmp_path and temporary.suffix == '.csv'
+        assert list(tmp_path.glob(LEFTOVERS)) == [temporary]
         temporary.write_text('new')
         assert path.read_text() == 'old'
     assert path.read_text() == 'new'
@@ -290,7 +292,8 @@ def test_without_matplotlib_one_warning_is_given_and_the_figures_are_written(tmp
 import sys
 sys.modules['matplotlib'] = None
 import torch
-from timm_dense2net.results import update_curves, write_final_report
+from timm_dense2net.curves import update_curves
+from timm_dense2net.results import write_final_report
 print(update_curves({str(tmp_path)!r}), update_curves({str(tmp_path)!r}))
 write_final_report({str(tmp_path)!r}, torch.eye(3), torch.arange(3), ['a', 'b', 'c'])
 '''

@@ -18,6 +18,7 @@ from training_runs import (
 
 from timm_dense2net.checkpoint import CHECKPOINT_FILE, PREVIOUS_FILE, load_weights
 from timm_dense2net.distributed import Processes
+from timm_dense2net.files import LEFTOVERS
 from timm_dense2net.options import parse_args
 from timm_dense2net.runs import read_resumed_state
 from timm_dense2net.trainer import Trainer
@@ -86,12 +87,16 @@ def _pause_in_replace():
 @pytest.mark.parametrize('moment', ['writing', 'written', 'between_renames', 'renamed'])
 def test_killed_while_a_checkpoint_is_written(tmp_path, reference, moment):
     path = tmp_path / 'run' / CHECKPOINT_FILE
-    previous, temporary = path.with_name(PREVIOUS_FILE), path.with_name(f'.{CHECKPOINT_FILE}.tmp')
+    previous = path.with_name(PREVIOUS_FILE)
+
+    def temporary():
+        return any(path.parent.glob('.checkpoint' + LEFTOVERS[2:]))
+
     happened = {
-        'writing': lambda: previous.exists() and temporary.exists() and path.exists(),
-        'written': lambda: previous.exists() and temporary.exists() and path.exists(),
-        'between_renames': lambda: previous.exists() and temporary.exists() and not path.exists(),
-        'renamed': lambda: previous.exists() and path.exists() and not temporary.exists(),
+        'writing': lambda: previous.exists() and temporary() and path.exists(),
+        'written': lambda: previous.exists() and temporary() and path.exists(),
+        'between_renames': lambda: previous.exists() and temporary() and not path.exists(),
+        'renamed': lambda: previous.exists() and path.exists() and not temporary(),
     }[moment]
     prepare = _pause_in_fsync if moment == 'writing' else _pause_in_replace
     for _ in range(2):

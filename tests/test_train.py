@@ -16,10 +16,10 @@ from training_runs import arguments, finish, read_state, read_summary_rows, run_
 from timm_dense2net import build, runs, trainer, training_form
 from timm_dense2net.counts import count_macs
 from timm_dense2net.checkpoint import load_weights, save_weights
+from timm_dense2net.curves import read_summary
 from timm_dense2net.distributed import Processes
 from timm_dense2net.engine import TrainLoss, TrainStep, evaluate, predict
 from timm_dense2net.options import parse_args
-from timm_dense2net.results import read_summary
 from timm_dense2net.runs import RunFolder
 from timm_dense2net.trained import load_trained
 

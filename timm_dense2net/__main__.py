@@ -17,7 +17,7 @@ COMMANDS = {
     'evaluate': 'evaluate',
     'export': 'export',
     'models': 'listing',
-    'package': 'packaged',
+    'package': 'package',
     'predict': 'predict',
     'publish': 'publish',
     'report': 'report',

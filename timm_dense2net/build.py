@@ -26,7 +26,8 @@ from .data import (
     PREPROCESSING, BatchLoader, ImageArrays, ImageReader, check_same_classes, dataset_stats, hold_out_split,
     load_images)
 from .distributed import Processes
-from .hub import LOAD_ERRORS, one_line
+from .errors import one_line
+from .hub import LOAD_ERRORS
 from .names import check_model_name
 from .options import augment_config, public_args, public_model_kwargs, saved_args
 from .start import freeze_stages, pretrained_overlay

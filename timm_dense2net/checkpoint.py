@@ -17,6 +17,8 @@ import safetensors
 import safetensors.torch
 import torch
 
+from .files import replace_file
+
 __all__ = [
     'CHECKPOINT_FILE', 'PREVIOUS_FILE', 'CorruptCheckpointError', 'save_state', 'load_state', 'read_state_bytes',
     'save_weights', 'load_weights',
@@ -49,10 +51,11 @@ def save_state(folder: str | os.PathLike[str], state: Mapping[str, Any]) -> Path
         TypeError: If the state holds something else.
     """
     path, previous = Path(folder, CHECKPOINT_FILE), Path(folder, PREVIOUS_FILE)
-    temporary = _write_synced(path, dump_state(state))
-    if path.exists():
-        os.replace(path, previous)
-    os.replace(temporary, path)
+    data = dump_state(state)
+    with replace_file(path) as temporary:
+        _write_synced(temporary, data)
+        if path.exists():
+            os.replace(path, previous)
     _sync_folder(path.parent)
     return path
 
@@ -128,7 +131,8 @@ def save_weights(
     """
     path = Path(path)
     tensors = {name: _detached(tensor) for name, tensor in state_dict.items()}
-    os.replace(_write_synced(path, safetensors.torch.save(tensors, {'format': 'pt', **metadata})), path)
+    with replace_file(path) as temporary:
+        _write_synced(temporary, safetensors.torch.save(tensors, {'format': 'pt', **metadata}))
     _sync_folder(path.parent)
 
 
@@ -152,18 +156,12 @@ def load_weights(path: str | os.PathLike[str]) -> tuple[dict[str, torch.Tensor],
         raise ValueError(f'{path}: not a whole safetensors file ({e})') from e
 
 
-def _write_synced(path: Path, data: bytes) -> Path:
-    """Writes `data` to a temporary file beside `path`, down to the disk; nothing is left of a write that fails."""
-    temporary = path.with_name(f'.{path.name}.tmp')
-    try:
-        with open(temporary, 'wb') as f:
-            f.write(data)
-            f.flush()
-            os.fsync(f.fileno())
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    return temporary
+def _write_synced(path: Path, data: bytes) -> None:
+    """Writes a file down to the disk."""
+    with open(path, 'wb') as f:
+        f.write(data)
+        f.flush()
+        os.fsync(f.fileno())
 
 
 def _sync_folder(folder: Path) -> None:

@@ -23,7 +23,7 @@ from timm.models.res2net import Bottle2neck
 from .checkpoint import load_weights
 from .counts import count_macs, count_params
 from .dense2net import SplitHierarchyConv2d, find_norm_act_layer
-from .hub import one_line
+from .errors import one_line
 from .names import check_model_name
 
 __all__ = [

@@ -108,7 +108,7 @@ def build_demo(checkpoints: Sequence[str | Path] = ()) -> Any:
 
     Raises:
         FileNotFoundError: If there is no such checkpoint.
-        ValueError: If a checkpoint cannot be used, or there is nothing to show.
+        ValueError: If a checkpoint cannot be used.
         ImportError: If gradio is not installed.
     """
     # Read when gradio is imported: it would report each start to its makers.
@@ -126,8 +126,6 @@ def build_demo(checkpoints: Sequence[str | Path] = ()) -> Any:
     load = functools.lru_cache(maxsize=4)(load_trained)
     sources = {str(path): (None, str(path)) for path in checkpoints}
     sources.update((name, (name, None)) for name in timm.list_models(module='dense2net', pretrained=True))
-    if not sources:
-        raise ValueError('no weights are packaged: name some with --checkpoint')
     first = str(checkpoints[0]) if checkpoints else BEST_PACKAGED
     for path in checkpoints:
         # A mistake shows now and not in the page.

@@ -11,7 +11,7 @@ import torch
 from timm.utils.distributed import init_distributed_device_so, is_distributed_env
 from torch import distributed as dist
 
-from .hub import one_line
+from .errors import one_line
 
 __all__ = ['Processes', 'find_device', 'start_processes']
 

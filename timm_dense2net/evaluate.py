@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
-import json
 import sys
 from collections.abc import Callable
 from io import BytesIO
@@ -22,10 +21,11 @@ from timm.utils import accuracy, reparameterize_model
 from torchvision.transforms.v2 import functional as F
 from tqdm import tqdm
 
+from .calibration import expected_calibration_error, fit_temperature
 from .data import BatchLoader, ImageArrays, ImageReader
 from .distributed import find_device
 from .engine import predict
-from .results import expected_calibration_error, fit_temperature, replace_file
+from .files import write_json
 from .trained import TrainedModel, check_fits, load_test_split, load_trained
 
 __all__ = ['CORRUPTIONS', 'FlipAverage', 'corrupt', 'cross_fit_calibration', 'evaluate', 'main']
@@ -266,8 +266,7 @@ def main(argv: list[str] | None = None) -> int:
             calibration=args.calibration, corruptions=args.corruptions, seed=args.seed)
         print(format_figures(figures))
         if args.output:
-            with replace_file(args.output) as temporary:
-                temporary.write_text(json.dumps(figures, indent=2) + '\n', encoding='utf-8')
+            write_json(args.output, figures)
     except (OSError, ValueError) as e:
         print(f'error: {e}', file=sys.stderr)
         return 2

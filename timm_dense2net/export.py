@@ -25,8 +25,8 @@ import torch.nn as nn
 from timm.utils import reparameterize_model
 from tqdm import tqdm
 
-from .hub import one_line, sha256_of
-from .results import replace_file
+from .errors import one_line
+from .files import replace_file, sha256_of
 from .trained import TrainedModel, load_trained
 from .version import __version__
 

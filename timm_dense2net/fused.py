@@ -75,7 +75,7 @@ def _fold_norm(
         bias: Optional[torch.Tensor],
         norm: nn.Module,
 ) -> Tuple[torch.Tensor, torch.Tensor]:
-    """Weight and bias in float64 of a convolution and the norm after it in one."""
+    """Weight and bias in float64 of a convolution, itself with a bias or without, and the norm after it in one."""
     scale, shift = norm_as_affine(norm)
     if bias is not None:
         shift = shift + bias.detach().double() * scale
@@ -101,8 +101,6 @@ class ClampLinear(nn.Module):
         weight = conv.weight.detach().double().flatten(1)
         bias = weight @ shift
         weight = weight * scale
-        if conv.bias is not None:
-            bias = bias + conv.bias.detach().double()
         if norm_after is not None:
             weight, bias = _fold_norm(weight, bias, norm_after)
         self.register_buffer('lo', lo.to(conv.weight.dtype))
@@ -140,7 +138,7 @@ class FusedSplitHierarchyConv2d(nn.Module):
         weight = like.new_empty((self.scale - 1, self.width, self.kernel_size ** 2 * self.width // self.groups))
         bias = like.new_empty((self.scale - 1, self.width))
         for i, (conv, norm) in enumerate(zip(hierarchy.convs, hierarchy.norms)):
-            w, bias[i] = _fold_norm(conv.weight, conv.bias, norm)
+            w, bias[i] = _fold_norm(conv.weight, None, norm)
             weight[i] = w.permute(0, 2, 3, 1).flatten(1)
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.bias = nn.Parameter(bias, requires_grad=False)

@@ -1,9 +1,7 @@
 """What the Hugging Face Hub's client raises, said in one line, and the check of downloaded weights."""
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 from pathlib import Path
 
 from huggingface_hub import constants, hf_hub_download
@@ -13,7 +11,10 @@ from huggingface_hub.errors import (
 from safetensors import SafetensorError
 from timm.models import parse_model_name
 
-__all__ = ['HUB_ERRORS', 'LOAD_ERRORS', 'WEIGHTS_FILE', 'DIGEST_KEY', 'explain_hub_error', 'sha256_of', 'check_weights']
+from .errors import one_line
+from .files import sha256_of
+
+__all__ = ['HUB_ERRORS', 'LOAD_ERRORS', 'WEIGHTS_FILE', 'DIGEST_KEY', 'explain_hub_error', 'check_weights']
 
 # All that the client raises for a fault of network, Hub or request, whichever HTTP library it is built on.
 HUB_ERRORS = (HTTPError, OSError, RuntimeError, ValueError)
@@ -61,21 +62,6 @@ def _explain_status(error: HfHubHTTPError, repo_id: str, host: str) -> str:
     if status >= 500:
         return f'{repo_id}: {host} is at fault ({status}); try again later'
     return f'{repo_id}: {host} answered {status}: {one_line(error)}'
-
-
-def one_line(error: BaseException, limit: int = 300) -> str:
-    """An error's message without line breaks, cut where it is very long."""
-    text = ' '.join(str(error).split())
-    return text if len(text) <= limit else f'{text[:limit]}...'
-
-
-def sha256_of(path: str | os.PathLike[str]) -> str:
-    """SHA-256 of a file, in hexadecimal digits."""
-    digest = hashlib.sha256()
-    with open(path, 'rb') as f:
-        for block in iter(lambda: f.read(1 << 20), b''):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def check_weights(model_name: str) -> None:

@@ -24,9 +24,9 @@ from timm.data import create_transform, get_img_extensions
 from tqdm import tqdm
 
 from .distributed import find_device
+from .files import write_text
 from .packaged import BEST_PACKAGED
 from .pictures import read_picture
-from .results import replace_file
 from .trained import TrainedModel, load_trained
 
 __all__ = ['Prediction', 'find_images', 'predict_images', 'main']
@@ -234,8 +234,7 @@ def main(argv: list[str] | None = None) -> int:
             total=len(sources), desc='predict', leave=False))
         text = _FORMATS[args.format](predictions)
         if args.output:
-            with replace_file(args.output) as temporary:
-                temporary.write_text(text, encoding='utf-8')
+            write_text(args.output, text)
         else:
             sys.stdout.write(text)
     except (OSError, ValueError) as e:

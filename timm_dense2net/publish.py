@@ -20,7 +20,8 @@ from huggingface_hub import EvalResult, HfApi, ModelCardData, get_token
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from timm.models import get_pretrained_cfg, save_for_hf
 
-from .hub import DIGEST_KEY, HUB_ERRORS, WEIGHTS_FILE, explain_hub_error, sha256_of
+from .files import sha256_of
+from .hub import DIGEST_KEY, HUB_ERRORS, WEIGHTS_FILE, explain_hub_error
 from .options import ARGS_FILE, HOST_ARGS, public_args
 from .report import RunResult, read_run
 from .trained import TrainedModel, load_checkpoint_model, tested_weights

@@ -23,9 +23,11 @@ from typing import Any, NamedTuple
 import yaml
 from timm.models import split_model_name_tag
 
+from .curves import read_summary
+from .figures import new_figure, save_figure
+from .files import write_csv, write_text
 from .options import (
     ARGS_FILE, HOST_ARGS, PLACES, build_parser, list_recipes, load_recipe, public_model_kwargs, recipe_name)
-from .results import new_figure, read_summary, replace_file, save_figure, write_csv
 
 __all__ = [
     'DECK', 'RunResult', 'Row', 'read_run', 'read_results', 'write_results', 'merge_results', 'summarise',
@@ -463,15 +465,13 @@ def update_readme(readme: Path, results_path: Path, check: bool) -> None:
         raise ValueError(
             f'{readme} does not hold the table of {results_path}: run `python -m timm_dense2net report --results '
             f'{results_path} --readme {readme}`; first difference: {differing}')
-    with replace_file(readme) as temporary:
-        temporary.write_text(new, encoding='utf-8')
+    write_text(readme, new)
 
 
 def write_report(output: Path, rows: Sequence[Row]) -> list[str]:
     """Writes the table as Markdown and CSV and draws it; returns the names of the files."""
     output.mkdir(parents=True, exist_ok=True)
-    with replace_file(output / 'report.md') as temporary:
-        temporary.write_text(markdown_table(rows), encoding='utf-8')
+    write_text(output / 'report.md', markdown_table(rows))
     write_report_csv(output / 'report.csv', rows)
     drawn = draw_report(output / 'report.png', rows)
     return ['report.md', 'report.csv', *(['report.png'] if drawn else [])]

@@ -1,276 +1,30 @@
-"""What a run leaves to look at: its curves, and the final account of a classifier on a test set.
+"""The final account of a classifier on a test set.
 
-The pictures need matplotlib (`pip install -e '.[train]'`). Without it the figures are still computed and
-written as CSV, and one warning says that no picture was drawn.
+The picture needs matplotlib (`pip install -e '.[train]'`). Without it the figures are still computed and written as
+CSV, and one warning says that no picture was drawn.
 """
 from __future__ import annotations
 
-import csv
-import functools
-import json
-import logging
 import math
 import os
-import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from timm.utils import accuracy
 
-from .classes import CIFAR100_CLASSES, CIFAR100_SUPERCLASS_OF
+from .calibration import check_logits, expected_calibration_error
+from .classes import CIFAR100_CLASSES, CIFAR100_SUPERCLASS_OF, CIFAR100_SUPERCLASSES
+from .figures import new_figure, save_figure
+from .files import write_csv, write_json
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
-__all__ = [
-    'update_curves', 'write_final_report', 'expected_calibration_error', 'fit_temperature', 'read_summary',
-    'replace_file', 'write_csv', 'new_figure', 'save_figure',
-]
+__all__ = ['write_final_report']
 
-_logger = logging.getLogger(__name__)
-
-_TRAIN_COLOR, _EVAL_COLOR = '#0072B2', '#D55E00'
 _GREY = '#555555'
-
-# Panel title, unit, which value is best, and the summary.csv columns it draws: column, label, colour.
-_PANELS = (
-    ('Accuracy', 'top-1 (%)', max, (
-        ('train_top1', 'training', _TRAIN_COLOR),
-        ('eval_top1', 'validation', _EVAL_COLOR),
-    )),
-    ('Loss', 'loss', min, (
-        ('train_loss', 'training', _TRAIN_COLOR),
-        ('eval_loss', 'validation', _EVAL_COLOR),
-    )),
-)
-
-
-@contextmanager
-def replace_file(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yields a temporary path beside `path` that replaces it when the block ends well and is deleted when it does not.
-
-    The temporary name keeps the suffix of `path`, by which libraries choose a file format.
-    """
-    path = Path(path)
-    handle, name = tempfile.mkstemp(prefix=f'.{path.stem}.', suffix=path.suffix, dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        yield temporary
-        # mkstemp makes a file that only its owner can read, whatever the umask says.
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_csv(path: str | os.PathLike[str], header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    """Writes a CSV file in one step: a reader sees the old file or the whole new one."""
-    with replace_file(path) as temporary, open(temporary, 'w', newline='', encoding='utf-8') as f:
-        writer = csv.writer(f, lineterminator='\n')
-        writer.writerow(header)
-        writer.writerows(rows)
-
-
-@functools.lru_cache(maxsize=None)
-def _has_matplotlib() -> bool:
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        _logger.warning("matplotlib is not installed: no pictures are drawn (pip install -e '.[train]').")
-        return False
-    return True
-
-
-def new_figure(width: float, height: float) -> Figure | None:
-    """A figure of `width` x `height` inches on the Agg canvas, or None (one warning) where matplotlib is missing.
-
-    pyplot and its global backend are left alone, so a notebook or a GUI around the trainer is not disturbed.
-    """
-    if not _has_matplotlib():
-        return None
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    figure = Figure(figsize=(width, height), layout='constrained')
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def save_figure(figure: Figure, path: str | os.PathLike[str], dpi: int = 120) -> None:
-    """Writes a figure in one step, without a time stamp or version: the same data gives the same file."""
-    with replace_file(path) as temporary:
-        figure.savefig(temporary, dpi=dpi, metadata={'Software': None})
-
-
-def read_summary(path: str | os.PathLike[str]) -> dict[str, list[float]]:
-    """Reads a summary CSV written by `timm.utils.update_summary`.
-
-    A line cut short by a crash is left out, and of an epoch written twice by a resumed run the later line counts.
-
-    Returns:
-        Column name to one value an epoch, in order of epochs; NaN where a value is missing or not a number.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If the file has no `epoch` column or no whole line.
-    """
-    with open(path, newline='', encoding='utf-8') as f:
-        reader = csv.DictReader(f)
-        columns = reader.fieldnames or []
-        if 'epoch' not in columns:
-            raise ValueError(f"{path}: no 'epoch' column; a summary of timm.utils.update_summary is expected")
-        rows = {}
-        for row in reader:
-            epoch = _as_float(row['epoch'])
-            if math.isfinite(epoch) and row[columns[-1]] is not None:
-                rows[epoch] = row
-    if not rows:
-        raise ValueError(f'{path}: no epoch is recorded yet')
-    return {column: [_as_float(rows[epoch][column]) for epoch in sorted(rows)] for column in columns}
-
-
-def _as_float(text: str | None) -> float:
-    try:
-        return float(text)
-    except (TypeError, ValueError):
-        return math.nan
-
-
-def update_curves(run_dir: str | os.PathLike[str]) -> Path | None:
-    """Draws a run's accuracy and loss so far, training and validation, from `summary.csv` into `curves.png`.
-
-    Args:
-        run_dir: Run folder that holds `summary.csv`, with losses and top-1 accuracies in percent.
-
-    Returns:
-        Path of the picture, or None where matplotlib is missing.
-
-    Raises:
-        FileNotFoundError: If the folder has no summary.csv.
-        ValueError: If summary.csv has no epoch in it.
-    """
-    run_dir = Path(run_dir)
-    summary = read_summary(run_dir / 'summary.csv')
-    figure = new_figure(12, 4.6)
-    if figure is None:
-        return None
-    for axes, (title, unit, best, lines) in zip(figure.subplots(1, 2), _PANELS):
-        _draw_curves(axes, summary, lines, best)
-        axes.set(title=title, xlabel='epochs trained', ylabel=unit)
-    figure.suptitle(run_dir.resolve().name)
-    save_figure(figure, run_dir / 'curves.png')
-    return run_dir / 'curves.png'
-
-
-def _cut_off(axes: Axes, summary: Mapping[str, list[float]]) -> None:
-    """Cuts validation losses off that are far above the training loss, as those of nets that know one size only."""
-    highest = 2 * max((y for y in summary.get('train_loss', []) if math.isfinite(y)), default=math.inf)
-    if axes.get_ylim()[1] > highest > 0:
-        axes.set_ylim(bottom=0, top=highest)
-
-
-def _draw_curves(axes: Axes, summary: Mapping[str, list[float]], lines: Sequence[tuple], best) -> None:
-    """Draws one panel; a circle marks each validation curve's best epoch, a number at the right its last value."""
-    ends = []
-    for column, label, color in lines:
-        points = [(epoch + 1, y) for epoch, y in zip(summary['epoch'], summary.get(column, [])) if math.isfinite(y)]
-        if not points:
-            continue
-        epochs, values = zip(*points)
-        if column.startswith('eval'):
-            best_epoch, best_value = best(points, key=lambda point: point[1])
-            label = f'{label} (best {best_value:.2f} after {best_epoch:.0f})'
-            axes.plot([best_epoch], [best_value], 'o', color=color, markerfacecolor='white', markersize=6, zorder=3)
-        axes.plot(epochs, values, color=color, label=label, linewidth=1.6, marker='.' if len(points) == 1 else None)
-        ends.append((values[-1], epochs[-1], color))
-    if best is min:
-        _cut_off(axes, summary)
-    axes.grid(color='#dddddd', linewidth=0.6)
-    axes.spines[['top', 'right']].set_visible(False)
-    axes.xaxis.get_major_locator().set_params(integer=True)
-    if ends:
-        axes.legend(frameon=False, fontsize=9)
-        _annotate_ends(axes, ends)
-
-
-def _annotate_ends(axes: Axes, ends: Sequence[tuple[float, float, str]]) -> None:
-    """Writes each curve's last value right of its end, moved apart where two values are too close to read."""
-    low, high = axes.get_ylim()
-    spacing, previous = 0.055 * (high - low), -math.inf
-    right = max(epoch for _, epoch, _ in ends)
-    for value, epoch, color in sorted(ends):
-        previous = max(min(value, high), previous + spacing)
-        axes.annotate(
-            f'{value:.2f}', xy=(right, previous), xytext=(5, 0), textcoords='offset points', color=color,
-            fontsize=9, fontweight='bold', va='center', annotation_clip=False)
-
-
-def expected_calibration_error(logits: torch.Tensor, targets: torch.Tensor, bins: int = 15) -> float:
-    """Expected calibration error of the most likely class, as a fraction.
-
-    ECE = sum_b n_b / n * |accuracy_b - confidence_b| over bins of equal width, each open below and closed above
-    (C. Guo et al., "On Calibration of Modern Neural Networks", ICML 2017, https://arxiv.org/abs/1706.04599).
-
-    Args:
-        logits: (N, C) unnormalised scores.
-        targets: (N,) class indices.
-        bins: Number of bins on (0, 1].
-
-    Raises:
-        ValueError: If the shapes do not fit, there is no sample, or `bins` is below 1.
-    """
-    _check_logits(logits, targets)
-    if bins < 1:
-        raise ValueError(f'bins must be at least 1, got {bins}')
-    confidence, predicted = logits.double().softmax(dim=1).max(dim=1)
-    gap = (predicted == targets).double() - confidence
-    index = (confidence * bins).ceil().long().clamp(1, bins) - 1
-    return gap.new_zeros(bins).index_add_(0, index, gap).abs().sum().item() / len(targets)
-
-
-def fit_temperature(logits: torch.Tensor, targets: torch.Tensor) -> float:
-    """Temperature T in [0.01, 100] that minimises the cross entropy of `logits / T`.
-
-    The loss is convex in 1 / T, so bisecting its derivative's sign finds the minimum (C. Guo et al., "On Calibration
-    of Modern Neural Networks", ICML 2017, section 4.2).
-
-    Args:
-        logits: (N, C) unnormalised scores of held-out samples.
-        targets: (N,) class indices.
-
-    Raises:
-        ValueError: If the shapes do not fit or there is no sample.
-    """
-    _check_logits(logits, targets)
-    logits = logits.double()
-    mean_target_logit = logits.gather(1, targets[:, None]).mean()
-    low, high = math.log(0.01), math.log(100.)
-    for _ in range(50):
-        middle = (low + high) / 2
-        mean_logit = ((logits / math.exp(middle)).softmax(dim=1) * logits).sum(dim=1).mean()
-        # The derivative by 1 / T: below zero the network is not confident enough, so T must fall.
-        if mean_logit <= mean_target_logit:
-            high = middle
-        else:
-            low = middle
-    return math.exp((low + high) / 2)
-
-
-def _check_logits(logits: torch.Tensor, targets: torch.Tensor) -> None:
-    if logits.ndim != 2 or targets.shape != logits.shape[:1] or not len(targets):
-        raise ValueError(
-            f'logits must be (N, C) and targets (N,) with N > 0, got {tuple(logits.shape)} and {tuple(targets.shape)}')
-    if targets.min() < 0 or targets.max() >= logits.shape[1]:
-        raise ValueError(
-            f'targets must lie in 0..{logits.shape[1] - 1}, got {targets.min().item()}..{targets.max().item()}')
-    if not logits.isfinite().all():
-        raise ValueError('logits hold values that are not finite')
 
 
 def write_final_report(
@@ -296,7 +50,7 @@ def write_final_report(
     Raises:
         ValueError: If shapes or names do not fit.
     """
-    _check_logits(logits, targets)
+    check_logits(logits, targets)
     class_names = tuple(class_names)
     if len(class_names) != logits.shape[1]:
         raise ValueError(f'{len(class_names)} class names for {logits.shape[1]} logits')
@@ -314,7 +68,7 @@ def write_final_report(
 
     confusion = _confusion_matrix(logits.argmax(dim=1), targets, len(class_names))
     if superclass:
-        names = sorted(set(superclass[name] for name in class_names))
+        names = CIFAR100_SUPERCLASSES
         group = torch.tensor([names.index(superclass[name]) for name in class_names])
         figures['superclass_top1'] = 100. * (group[logits.argmax(dim=1)] == group[targets]).double().mean().item()
         _write_per_superclass(run_dir / 'per_superclass.csv', confusion, names, group)
@@ -324,8 +78,7 @@ def write_final_report(
         ('true \\ predicted', *class_names),
         ((name, *row) for name, row in zip(class_names, confusion.tolist())))
     _draw_confusion_matrix(run_dir / 'confusion_matrix.png', confusion, class_names, superclass, figures['top1'])
-    with replace_file(run_dir / 'report.json') as temporary:
-        temporary.write_text(json.dumps(figures, indent=2) + '\n', encoding='utf-8')
+    write_json(run_dir / 'report.json', figures)
     return figures
 
 

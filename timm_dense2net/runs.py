@@ -10,7 +10,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 from collections.abc import Callable
 from datetime import datetime
@@ -24,10 +23,12 @@ from timm.utils import trim_summary, unfreeze, update_summary
 from .build import RunData, build_loader, environment, source_commit
 from .checkpoint import CHECKPOINT_FILE, PREVIOUS_FILE, load_state, load_weights, read_state_bytes
 from .counts import count_macs, count_params
+from .curves import update_curves
 from .distributed import Processes
 from .engine import predict
+from .files import LEFTOVERS, replace_file, write_json, write_text
 from .options import ARGS_FILE, public_args, saved_args
-from .results import replace_file, update_curves, write_final_report
+from .results import write_final_report
 from .trainer import Trainer
 
 __all__ = ['RunFolder', 'read_resumed_state', 'write_run_results']
@@ -89,8 +90,7 @@ class RunFolder:
         self.path = Path(args.output, args.experiment)
         self.path.mkdir(parents=True, exist_ok=True)
         self._remove_leftovers()
-        with replace_file(self.path / ARGS_FILE) as temporary:
-            temporary.write_text(yaml.safe_dump(saved_args(args), sort_keys=False), encoding='utf-8')
+        write_text(self.path / ARGS_FILE, yaml.safe_dump(saved_args(args), sort_keys=False))
         # Of the code that trains: the checkout may be another when the run ends.
         self.commit = source_commit()
         self._log_wandb = args.log_wandb
@@ -106,9 +106,8 @@ class RunFolder:
 
     def _remove_leftovers(self) -> None:
         """Removes temporary files of a process that was killed while it wrote."""
-        for pattern in ('.*.safetensors.tmp', '.args.*.yaml', '.summary.*.csv', '.curves.*.png', '.result.*.json'):
-            for path in self.path.glob(pattern):
-                path.unlink()
+        for path in self.path.glob(LEFTOVERS):
+            path.unlink()
 
     def add_epoch(self, epoch: int, train: dict[str, float], evaluation: dict[str, float], lr: float) -> None:
         """Adds an epoch's row, in place of what an earlier process wrote of it and later ones, and draws the curves."""
@@ -178,6 +177,5 @@ def write_run_results(args: argparse.Namespace, data: RunData, trainer: Trainer)
         **environment(trainer.device),
         commit=trainer.folder.commit,
     )
-    with replace_file(folder / 'result.json') as temporary:
-        temporary.write_text(json.dumps(result, indent=2) + '\n', encoding='utf-8')
+    write_json(folder / 'result.json', result)
     return result

@@ -10,7 +10,6 @@ of train_cifar.py and hold for every trial.
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import logging
 import os
 import signal
@@ -31,9 +30,10 @@ from tqdm import tqdm
 from .build import RunData, build_data, build_trainer
 from .dense2net import SplitHierarchyConv2d
 from .distributed import Processes, find_device
-from .hub import one_line
+from .errors import one_line
+from .figures import has_matplotlib, save_figure
+from .files import write_csv, write_text
 from .options import HOST_ARGS, SCHEDULES, build_parser, check_args, parse_args, saved_args
-from .results import replace_file, save_figure, write_csv
 from .runs import RunFolder, read_resumed_state
 from .trainer import Interrupted, StopSignal, Trainer, TrainingError
 
@@ -359,10 +359,10 @@ def write_best(study: optuna.Study, args: argparse.Namespace, space: SearchSpace
     recipe = {
         key: value for key, value in found.items() if key not in _NOT_IN_RECIPE and value != defaults.get(key)}
     path = folder / 'best.yaml'
-    with replace_file(path) as temporary:
-        temporary.write_text(
-            f'# Trial {trial.number} of study {study.study_name}: top-1 {trial.value:.2f} on {args.hold_out} held-out '
-            f'training images.\n' + yaml.safe_dump(recipe, sort_keys=False), encoding='utf-8')
+    write_text(
+        path,
+        f'# Trial {trial.number} of study {study.study_name}: top-1 {trial.value:.2f} on {args.hold_out} held-out training '
+        f'images.\n' + yaml.safe_dump(recipe, sort_keys=False))
     return path
 
 
@@ -379,8 +379,7 @@ def write_trials(study: optuna.Study, folder: Path) -> None:
 
 def draw_plots(study: optuna.Study, folder: Path) -> None:
     """Draws `history.png` and `importance.png`, where matplotlib is there and the trials allow it."""
-    if importlib.util.find_spec('matplotlib') is None:
-        _logger.warning("No plots are drawn: they need matplotlib, pip install -e '.[search]'.")
+    if not has_matplotlib():
         return
     from matplotlib import rc_context
     from optuna.visualization import matplotlib as plots

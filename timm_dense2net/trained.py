@@ -17,7 +17,8 @@ from .checkpoint import load_weights
 from .classes import CIFAR100_CLASSES
 from .convert import METADATA_KEY, reapply_conversion
 from .data import PREPROCESSING, ImageArrays, ImageReader, load_images
-from .hub import LOAD_ERRORS, check_weights, explain_hub_error, one_line
+from .errors import one_line
+from .hub import LOAD_ERRORS, check_weights, explain_hub_error
 from .meta import forward_on_meta
 from .names import check_model_name
 

@@ -27,7 +27,7 @@ from .checkpoint import save_state, save_weights
 from .data import BatchLoader
 from .distributed import Processes
 from .engine import TrainLoss, TrainStep, autocast_factory, evaluate
-from .hub import one_line
+from .errors import one_line
 from .rng import rng_state, set_rng_state
 from .training_form import set_training_form
 

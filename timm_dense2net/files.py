@@ -1,0 +1,64 @@
+"""Files are written aside and renamed, so that a reader sees the old file or the whole new one."""
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import os
+import uuid
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+__all__ = ['LEFTOVERS', 'replace_file', 'sha256_of', 'write_csv', 'write_json', 'write_text']
+
+# What a process that is killed while it writes may leave, as a pattern for glob.
+LEFTOVERS = '.*.*.tmp.*'
+
+
+@contextmanager
+def replace_file(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yields an empty temporary file beside `path` that replaces it when the block ends well, and else is deleted.
+
+    The temporary name keeps the suffix of `path`, by which libraries choose a file format.
+
+    Raises:
+        OSError: If the file cannot be made.
+    """
+    path = Path(path)
+    temporary = path.with_name(f'.{path.stem}.{uuid.uuid4().hex}.tmp{path.suffix}')
+    temporary.touch(exist_ok=False)
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Writes a text file in UTF-8, in one step."""
+    with replace_file(path) as temporary:
+        temporary.write_text(text, encoding='utf-8')
+
+
+def write_json(path: str | os.PathLike[str], value: Any) -> None:
+    """Writes a JSON file, in one step."""
+    write_text(path, json.dumps(value, indent=2) + '\n')
+
+
+def write_csv(path: str | os.PathLike[str], header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """Writes a CSV file, in one step."""
+    with replace_file(path) as temporary, open(temporary, 'w', newline='', encoding='utf-8') as f:
+        writer = csv.writer(f, lineterminator='\n')
+        writer.writerow(header)
+        writer.writerows(rows)
+
+
+def sha256_of(path: str | os.PathLike[str]) -> str:
+    """SHA-256 of a file, in hexadecimal digits."""
+    digest = hashlib.sha256()
+    with open(path, 'rb') as f:
+        for block in iter(lambda: f.read(1 << 20), b''):
+            digest.update(block)
+    return digest.hexdigest()
