@@ -20,7 +20,7 @@ from timm.models import get_arch_name, is_model, load_checkpoint
 from timm.utils import random_seed
 
 from .augment import ProgressiveResize
-from .checkpoint import load_weights
+from .checkpoint import load_metadata
 from .convert import conversion_metadata, convert_res2net, load_converted, recorded_conversion
 from .data import (
     PREPROCESSING, BatchLoader, ImageArrays, ImageReader, check_same_classes, dataset_stats, hold_out_split,
@@ -110,7 +110,7 @@ def _stats_of_channels(
 def _pretrained_stats(args: argparse.Namespace) -> tuple[Sequence[float], Sequence[float]]:
     """Mean and standard deviation that the pretrained weights were trained with."""
     _check_model_name(args.model)
-    given = weights_config(load_weights(weights_file(args.pretrained_path))[1]) if args.pretrained_path else {}
+    given = weights_config(load_metadata(weights_file(args.pretrained_path))) if args.pretrained_path else {}
     try:
         # Created, as the configuration of a model on the Hub or in a folder is read with it.
         cfg = timm.create_model(args.model).pretrained_cfg | given
@@ -266,7 +266,7 @@ def build_trained(args: argparse.Namespace) -> tuple[nn.Module, RunData]:
         FileNotFoundError: If there are no such weights or no such data.
         ValueError: If either does not fit.
     """
-    says_model = args.checkpoint and 'model' in load_weights(weights_file(args.checkpoint))[1]
+    says_model = args.checkpoint and 'model' in load_metadata(weights_file(args.checkpoint))
     trained = load_trained(None if says_model else args.model, args.checkpoint, args.model_kwargs)
     args.num_classes = trained.model.num_classes
     test = load_test_split(trained, args.dataset, img_size=args.img_size, **_data_args(args))

@@ -9,7 +9,8 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from .files import replace_file
 
 __all__ = [
     'CHECKPOINT_FILE', 'PREVIOUS_FILE', 'CorruptCheckpointError', 'save_state', 'load_state', 'read_state_bytes',
-    'save_weights', 'load_weights',
+    'save_weights', 'load_weights', 'load_metadata',
 ]
 
 _logger = logging.getLogger(__name__)
@@ -146,12 +147,23 @@ def load_weights(path: str | os.PathLike[str]) -> tuple[dict[str, torch.Tensor],
         FileNotFoundError: If there is no such file.
         ValueError: If it is not a whole safetensors file.
     """
-    path = Path(path)
-    if not path.is_file():
+    with _open_weights(path) as f:
+        return {name: f.get_tensor(name) for name in f.keys()}, f.metadata() or {}
+
+
+def load_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
+    """The metadata of a safetensors file alone; errors are those of `load_weights`."""
+    with _open_weights(path) as f:
+        return f.metadata() or {}
+
+
+@contextmanager
+def _open_weights(path: str | os.PathLike[str]) -> Iterator[Any]:
+    if not Path(path).is_file():
         raise FileNotFoundError(f'no weights at {path}')
     try:
         with safetensors.safe_open(path, 'pt') as f:
-            return {name: f.get_tensor(name) for name in f.keys()}, f.metadata() or {}
+            yield f
     except safetensors.SafetensorError as e:
         raise ValueError(f'{path}: not a whole safetensors file ({e})') from e
 

@@ -20,7 +20,7 @@ from timm.layers import create_conv2d, get_device_dtype
 from timm.models import build_model_with_cfg, is_model, model_entrypoint, register_model
 from timm.models.res2net import Bottle2neck
 
-from .checkpoint import load_weights
+from .checkpoint import load_metadata, load_weights
 from .counts import count_macs, count_params
 from .dense2net import SplitHierarchyConv2d, find_norm_act_layer
 from .errors import one_line
@@ -221,7 +221,7 @@ def recorded_conversion(path: str | os.PathLike[str]) -> dict[str, Any] | None:
     """
     if Path(path).suffix != '.safetensors':
         return None
-    metadata = load_weights(path)[1]
+    metadata = load_metadata(path)
     return json.loads(metadata[METADATA_KEY]) if METADATA_KEY in metadata else None
 
 

@@ -75,8 +75,7 @@ def explain(
     with torch.no_grad():
         top = trained.model(image)[0].softmax(0).topk(min(_TOPK, trained.model.num_classes))
     indices = top.indices.tolist()
-    names = trained.class_names or [f'class {i}' for i in range(trained.model.num_classes)]
-    labels = {names[index].replace('_', ' '): value for index, value in zip(indices, top.values.tolist())}
+    labels = {trained.class_name(index).replace('_', ' '): value for index, value in zip(indices, top.values.tolist())}
 
     # What the net sees of the picture, large enough to look at.
     view_config = dict(config, input_size=(3, _VIEW_SIZE, _VIEW_SIZE), mean=(0., 0., 0.), std=(1., 1., 1.))

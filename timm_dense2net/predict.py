@@ -154,12 +154,8 @@ def predict_images(
                 if isinstance(tensor, str):
                     yield Prediction(source.name, error=tensor)
                 else:
-                    classes = tuple((index, _name(trained, index), value) for index, value in zip(*next(rows)))
+                    classes = tuple((index, trained.class_name(index), value) for index, value in zip(*next(rows)))
                     yield Prediction(source.name, classes)
-
-
-def _name(trained: TrainedModel, index: int) -> str:
-    return trained.class_names[index] if trained.class_names else f'class {index}'
 
 
 def format_table(predictions: Sequence[Prediction]) -> str:

@@ -44,6 +44,10 @@ class TrainedModel:
     class_names: tuple[str, ...] | None
     metadata: Mapping[str, str]
 
+    def class_name(self, index: int) -> str:
+        """Name of a class, by its number where names are not known."""
+        return self.class_names[index] if self.class_names else f'class {index}'
+
 
 def load_trained(
         model: str | None = None,
