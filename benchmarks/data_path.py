@@ -21,8 +21,10 @@ from torchvision import transforms
 from tqdm import tqdm
 
 from timm_dense2net.augment import AugmentConfig
-from timm_dense2net.data import BatchLoader, ImageArrays, dataset_stats, load_arrays
+from timm_dense2net.data import load_arrays
 from timm_dense2net.files import write_csv
+from timm_dense2net.images import ImageArrays, dataset_stats
+from timm_dense2net.loader import BatchLoader
 
 CUTOUT_LENGTH = 8
 

@@ -7,10 +7,8 @@ Each point runs in a process of its own on a CPU (with torch's counters on a GPU
 takes longer than --max-seconds or more memory than there is. Writes growth.md, growth.csv and growth.png.
 """
 import argparse
-import multiprocessing
 import statistics
 import time
-from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple
@@ -21,7 +19,7 @@ import torch.nn.functional as F
 from timm.utils import reparameterize_model
 from tqdm import tqdm
 
-from memory import peak_mb_of
+from memory import in_process, peak_mb_of
 from timm_dense2net.counts import count_macs
 from timm_dense2net.dense2net import Dense2Net
 from timm_dense2net.figures import new_figure, save_figure
@@ -81,15 +79,14 @@ def point_in_process(*args: Any) -> Optional[Dict[str, float]]:
             return run_point(*args)
         except torch.cuda.OutOfMemoryError:
             return None
-    with ProcessPoolExecutor(1, multiprocessing.get_context('spawn')) as pool:
-        try:
-            return pool.submit(run_point, *args).result()
-        except (BrokenProcessPool, MemoryError):  # the system kills what takes too much
-            return None
-        except RuntimeError as error:
-            if 'allocate memory' not in str(error):
-                raise
-            return None
+    try:
+        return in_process(run_point, *args)
+    except (BrokenProcessPool, MemoryError):  # the system kills what takes too much
+        return None
+    except RuntimeError as error:
+        if 'allocate memory' not in str(error):
+            raise
+        return None
 
 
 def superlinear(rows: List[Dict[str, Any]]) -> List[str]:

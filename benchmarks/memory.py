@@ -1,11 +1,19 @@
-"""Peak memory of one call, of the GPU where there is one, else of the process (Linux)."""
+"""Peak memory of one call, of the GPU where there is one, else of the process (Linux), and processes to measure it in."""
 import ctypes
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, Callable
 
 import torch
 
-__all__ = ['peak_mb_of']
+__all__ = ['in_process', 'peak_mb_of']
+
+
+def in_process(function: Callable[..., Any], *args: Any) -> Any:
+    """Calls a module's function in a process of its own; what it raises is raised here."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context('spawn')) as pool:
+        return pool.submit(function, *args).result()
 
 
 def peak_mb_of(step: Callable[[], Any]) -> float:

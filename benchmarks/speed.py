@@ -8,11 +8,7 @@ ratio is the median over the rounds of a network's time over the slides' network
 first call are measured in a process of their own for each network. Writes speed.md, speed.csv and speed.png.
 """
 import argparse
-import json
-import platform
 import statistics
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Tuple
@@ -25,9 +21,9 @@ from timm.utils import reparameterize_model
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-import timm_dense2net  # noqa: F401
-from memory import peak_mb_of
+from memory import in_process, peak_mb_of
 from reference import PlainDense2Net
+from timm_dense2net.build import environment
 from timm_dense2net.figures import new_figure, save_figure
 from timm_dense2net.files import write_csv, write_text
 
@@ -125,12 +121,6 @@ def probe(name: str, mode: str, batch: int, scale: int) -> Dict[str, float]:
     return dict(first_call_s=times[0], peak_mb=peak_mb)
 
 
-def probe_in_process(name: str, mode: str, batch: int, scale: int) -> Dict[str, float]:
-    command = [sys.executable, __file__, '--probe', json.dumps([name, mode, batch, scale])]
-    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    return json.loads(output.splitlines()[-1])
-
-
 def machine_rates(dtype: torch.dtype) -> Tuple[float, float]:
     """Operations a second of a large matrix product, and bytes a second of a copy: the best of 5 each."""
     n = 8192 if DEVICE.type == 'cuda' else 2048
@@ -169,7 +159,7 @@ def measure(
 ) -> List[Dict[str, Any]]:
     skipped = TRAIN_ONLY if mode == 'forward' else FORWARD_ONLY
     names = [n for n in names if n not in skipped]
-    probes = {n: probe_in_process(n, mode, batch, scale) for n in tqdm(names, desc=f'{mode} {batch}: memory')}
+    probes = {n: in_process(probe, n, mode, batch, scale) for n in tqdm(names, desc=f'{mode} {batch}: memory')}
     work = {n: count_work(create(n, scale), mode, batch) for n in names}
     steps = {n: step_of(n, mode, batch, scale)[1] for n in names}
     for step in steps.values():  # compilation and the allocator's growth are no part of a step
@@ -194,14 +184,8 @@ def measure(
 
 
 def machine() -> str:
-    if DEVICE.type == 'cuda':
-        return torch.cuda.get_device_name()
-    cpu = platform.processor() or platform.machine()
-    info = Path('/proc/cpuinfo')
-    if info.exists():
-        lines = info.read_text().splitlines()
-        cpu = next((line.split(':')[1].strip() for line in lines if line.startswith('model name')), cpu)
-    return f'{torch.get_num_threads()} threads of {cpu}'
+    found = environment(DEVICE)
+    return found['hardware'] if DEVICE.type == 'cuda' else f'{found["threads"]} threads of {found["hardware"]}'
 
 
 def write_tables(rows: List[Dict[str, Any]], scale: int, rounds: int, rates: Tuple[float, float], out: Path) -> str:
@@ -252,11 +236,7 @@ def main() -> None:
     parser.add_argument('--only', nargs='+', choices=list(CONTENDERS), default=DEFAULTS, metavar='NETWORK', help=(
         f'of {", ".join(CONTENDERS)}; deck is always there (%(default)s)'))
     parser.add_argument('--output', type=Path, default=Path('results/speed'), help='folder to write to')
-    parser.add_argument('--probe', help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.probe:
-        print(json.dumps(probe(*json.loads(args.probe))))
-        return
     if args.rounds < 1 or args.train_batch < 0 or min(args.batches, default=1) < 1:
         parser.error('--rounds and --batches must be at least 1, --train-batch at least 0')
     if not args.batches and not args.train_batch:

@@ -11,10 +11,7 @@ ratio is the median over the rounds of a model's time over the first model's in 
 process of its own for each model. Writes table_models.md, table_models.csv and table_models.png.
 """
 import argparse
-import json
 import statistics
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any, Callable, Dict, List
 
@@ -24,7 +21,7 @@ import torch.nn.functional as F
 from timm.models import is_model
 from tqdm import tqdm
 
-from memory import peak_mb_of
+from memory import in_process, peak_mb_of
 from speed import DEVICE, machine, seconds
 from timm_dense2net.counts import count_macs, count_params
 from timm_dense2net.figures import new_figure, save_figure
@@ -59,14 +56,9 @@ def peak_mb(name: str, mode: str, batch: int, img_size: int) -> float:
     return peak_mb_of(step_of(name, mode, batch, img_size))
 
 
-def peak_mb_in_process(*args: Any) -> float:
-    command = [sys.executable, __file__, '--probe', json.dumps(args)]
-    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-
-
 def measure(mode: str, names: List[str], batch: int, img_size: int, rounds: int) -> List[Dict[str, Any]]:
     """One row a model."""
-    peaks = [peak_mb_in_process(n, mode, batch, img_size) for n in tqdm(names, desc=f'{mode}: memory')]
+    peaks = [in_process(peak_mb, n, mode, batch, img_size) for n in tqdm(names, desc=f'{mode}: memory')]
     steps = [step_of(n, mode, batch, img_size) for n in names]
     for step in tqdm(steps, desc=f'{mode}: first call'):  # the allocator's growth is no part of a step
         step()
@@ -129,11 +121,7 @@ def main() -> None:
     parser.add_argument('--rounds', type=int, default=5)
     parser.add_argument('--checkpointing', action='store_true', help='also the training step with checkpointing')
     parser.add_argument('--output', type=Path, default=Path('results/table_models'), help='folder to write to')
-    parser.add_argument('--probe', help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.probe:
-        print(peak_mb(*json.loads(args.probe)))
-        return
     unknown = [name for name in args.models if not is_model(name)]
     if unknown:
         parser.error(f"timm has no model '{unknown[0]}'")

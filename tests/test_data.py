@@ -16,19 +16,9 @@ from timm.data import create_transform
 
 from timm_dense2net.augment import AugmentConfig, ProgressiveResize
 from timm_dense2net.data import (
-    _KNOWN_STATS,
-    BatchLoader,
-    ImageArrays,
-    ImageReader,
-    check_images,
-    check_same_classes,
-    dataset_stats,
-    fits_in_memory,
-    hold_out_split,
-    load_arrays,
-    load_images,
-    open_dataset,
-)
+    _KNOWN_STATS, check_images, check_same_classes, fits_in_memory, load_arrays, load_images, open_dataset)
+from timm_dense2net.images import ImageArrays, ImageReader, dataset_stats, hold_out_split
+from timm_dense2net.loader import BatchLoader
 
 CIFAR100 = os.path.join(os.path.dirname(__file__), '..', '..', 'shared', 'cifar100')
 STATS = dict(mean=(0.5, 0.4, 0.3), std=(0.2, 0.25, 0.3))
@@ -471,7 +461,7 @@ def test_seed_and_epoch_alone_decide():
 @pytest.mark.parametrize('pixels', [1, 2000])
 def test_epoch_can_begin_at_any_step(monkeypatch, augment, pixels):
     """Groups of steps are one step long, then three."""
-    monkeypatch.setattr('timm_dense2net.data._GROUP_PIXELS', pixels)
+    monkeypatch.setattr('timm_dense2net.loader._GROUP_PIXELS', pixels)
     loader = make_loader(make_arrays(80), augment=augment)
     whole = list(loader.epoch(1))
     for start in range(len(whole)):
@@ -482,7 +472,7 @@ def test_epoch_can_begin_at_any_step(monkeypatch, augment, pixels):
 def test_grouping_does_not_change_a_batch(monkeypatch):
     loader = make_loader(make_arrays(80), augment=EVERYTHING)
     whole = list(loader.epoch(0))
-    monkeypatch.setattr('timm_dense2net.data._GROUP_PIXELS', 1)
+    monkeypatch.setattr('timm_dense2net.loader._GROUP_PIXELS', 1)
     assert_same_batches(loader.epoch(0), whole)
 
 

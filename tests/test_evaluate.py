@@ -14,9 +14,10 @@ from timm_dense2net.checkpoint import save_weights
 from timm_dense2net.calibration import expected_calibration_error
 from timm_dense2net.classes import CIFAR100_CLASSES
 from timm_dense2net.convert import conversion_metadata, convert_res2net
-from timm_dense2net.data import ImageArrays, load_arrays
+from timm_dense2net.data import load_arrays
 from timm_dense2net.evaluate import CORRUPTIONS, FlipAverage, corrupt, cross_fit_calibration, evaluate, main
 from timm_dense2net.fused import FusedDenseBlock
+from timm_dense2net.images import ImageArrays
 from timm_dense2net.trained import TrainedModel, load_trained
 
 CIFAR100 = Path(__file__).parents[1] / '../shared/cifar100'

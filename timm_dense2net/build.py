@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any, Union
+from typing import Any
 
 import timm
 import torch
@@ -22,12 +22,12 @@ from timm.utils import random_seed
 from .augment import ProgressiveResize
 from .checkpoint import load_metadata
 from .convert import conversion_metadata, convert_res2net, load_converted, recorded_conversion
-from .data import (
-    PREPROCESSING, BatchLoader, ImageArrays, ImageReader, check_same_classes, dataset_stats, hold_out_split,
-    load_images)
+from .data import check_same_classes, load_images
 from .distributed import Processes
 from .errors import one_line
 from .hub import LOAD_ERRORS
+from .images import PREPROCESSING, Images, dataset_stats, hold_out_split
+from .loader import BatchLoader
 from .names import check_model_name
 from .options import augment_config, public_args, public_model_kwargs, saved_args
 from .start import freeze_stages, pretrained_overlay
@@ -39,9 +39,6 @@ __all__ = [
     'RunData', 'build_data', 'build_loader', 'build_model', 'build_trained', 'build_trainer', 'environment',
     'source_commit', 'weights_metadata',
 ]
-
-# Held in memory, or read image by image where they are too many.
-Images = Union[ImageArrays, ImageReader]
 
 
 @dataclass(frozen=True)

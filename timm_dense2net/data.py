@@ -1,39 +1,23 @@
-"""Image data held in memory as uint8, and deterministic batches of it made on the device.
-
-Data too large to be held is read by worker processes instead; all that follows is the same.
-"""
+"""Data sets, opened through timm and checked to be whole."""
 from __future__ import annotations
 
 import importlib
 import math
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 import torch
 from filelock import FileLock
-from PIL import Image, UnidentifiedImageError
-from timm.data import ImageDataset, create_dataset, create_transform
-from timm.data.loader import fast_collate
-from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
+from PIL import Image
+from timm.data import create_dataset
+from torch.utils.data import Dataset
 
-from .augment import (
-    AugmentConfig,
-    BatchAugment,
-    ImageDraws,
-    MixDraws,
-    Normalize,
-    ProgressiveResize,
-    draw_images,
-    draw_mix,
-    mix_images,
-    mix_targets,
-    to_device,
-)
+from .images import ImageArrays, ImageReader, Images, dataset_stats
+
+__all__ = ['check_images', 'check_same_classes', 'fits_in_memory', 'load_arrays', 'load_images', 'open_dataset']
 
 # Classes, training images and test images of the data sets whose size is known, by the last part of their name.
 _KNOWN_SIZES = {'cifar10': (10, 50000, 10000), 'cifar100': (100, 50000, 10000)}
@@ -57,166 +41,6 @@ _LABEL_COLUMNS = ('fine_label', 'label')
 # Data sets of more bytes than this, as uint8, are read from where they are.
 _MEMORY_LIMIT = 4 << 30
 
-# About so many pixels are cropped, flipped and put through AutoAugment at a time: the images of several small steps
-# share the operations' fixed cost.
-_GROUP_PIXELS = 1 << 21
-
-_STATS_SAMPLE = 5000
-
-# How images are resized that are trained on: all of them is kept that a square holds.
-PREPROCESSING = dict(interpolation='bicubic', crop_pct=1.0, crop_mode='center')
-
-# First words of the entropy of each random stream. numpy takes (1, 2) and (1, 2, 0) for the same seed, so streams of
-# different length need different first words.
-_PERMUTATION, _AUGMENTATION, _HOLD_OUT, _STATS = 1, 2, 3, 4
-
-
-@dataclass(frozen=True)
-class ImageArrays:
-    """A decoded data set.
-
-    Args:
-        images: uint8, N x C x H x W, contiguous, on the CPU.
-        labels: int64 class indices, N.
-        class_names: Name of each class index.
-    """
-    images: torch.Tensor
-    labels: torch.Tensor
-    class_names: tuple[str, ...]
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    @property
-    def num_classes(self) -> int:
-        return len(self.class_names)
-
-    @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """Channels, height and width."""
-        return tuple(self.images.shape[1:])
-
-    def subset(self, indices: torch.Tensor | np.ndarray | Sequence[int]) -> ImageArrays:
-        """The images of the given indices, in that order."""
-        index = torch.as_tensor(indices, dtype=torch.int64)
-        return ImageArrays(self.images[index], self.labels[index], self.class_names)
-
-
-class ImageReader(Dataset):
-    """A data set that is decoded image by image, when asked.
-
-    Args:
-        source: Map-style data set of timm or torchvision that gives PIL images.
-        name: For messages.
-        img_size: Side in pixels that every image is resized and centre-cropped to, as timm does for evaluation; None
-            where the images have one size.
-        indices: Those of the images that are part of it; None for all.
-        **preprocessing: timm's ``interpolation``, ``crop_pct`` and ``crop_mode``, in place of ``PREPROCESSING``'s.
-
-    Raises:
-        ValueError: There is no image, the labels are no class indices, or the first image cannot be decoded.
-    """
-
-    def __init__(
-            self,
-            source: Dataset,
-            name: str,
-            img_size: int | None = None,
-            indices: np.ndarray | None = None,
-            **preprocessing,
-    ) -> None:
-        self.source = source
-        self.name = name
-        self.img_size = img_size
-        self.preprocessing = PREPROCESSING | preprocessing
-        self.indices = np.arange(len(source)) if indices is None else indices
-        if len(self.indices) == 0:
-            raise ValueError(f'{name}: holds no image.')
-        labels = _read_labels(source, name)
-        self.class_names = _class_names(source, labels)
-        self.labels = torch.from_numpy(labels[self.indices])
-        self.transform = None
-        if img_size is not None:
-            self.transform = create_transform((3, img_size, img_size), use_prefetcher=True, **self.preprocessing)
-        self.image_shape = self[0][0].shape
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    @property
-    def num_classes(self) -> int:
-        return len(self.class_names)
-
-    def subset(self, indices: torch.Tensor | np.ndarray | Sequence[int]) -> ImageReader:
-        """The images of the given indices, in that order."""
-        return ImageReader(
-            self.source, self.name, self.img_size, self.indices[np.asarray(indices)], **self.preprocessing)
-
-    def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
-        """One image, uint8, C x H x W, and its label.
-
-        Raises:
-            ValueError: It cannot be decoded, or has another size than the first and ``img_size`` is not given.
-        """
-        image = self._decode(int(self.indices[index]))
-        as_it_is = image.size == (self.img_size, self.img_size) and self.preprocessing['crop_pct'] == 1
-        if self.transform is not None and not as_it_is:
-            array = np.asarray(self.transform(image))
-        else:
-            array = np.array(image).transpose(2, 0, 1)
-        if index and array.shape != self.image_shape:
-            raise ValueError(
-                f'{self.name}: image {index} is {array.shape[1]} x {array.shape[2]}, the first is '
-                f'{self.image_shape[1]} x {self.image_shape[2]}; give img_size so that all are brought to one size.')
-        return array, int(self.labels[index])
-
-    def _decode(self, index: int) -> Image.Image:
-        if not isinstance(self.source, ImageDataset):
-            return self.source[index][0].convert('RGB')
-        # Read past ImageDataset, which puts the next image in the place of one that cannot be decoded.
-        try:
-            stream = self.source.reader[index][0]
-            with stream, Image.open(stream) as image:
-                return image.convert('RGB')
-        except (OSError, SyntaxError, ValueError) as error:
-            reason = 'not an image' if isinstance(error, UnidentifiedImageError) else error
-            file = self.source.filename(index, absolute=True)
-            raise ValueError(f'{self.name}: image {index} ({file}) cannot be decoded: {reason}.') from error
-
-    def decode(self) -> ImageArrays:
-        """Decode all images into memory."""
-        images = np.empty((len(self), *self.image_shape), dtype=np.uint8)
-        # One process shows the bar for all.
-        hidden = os.environ.get('RANK', '0') != '0'
-        for index in tqdm(range(len(self)), desc=f'Decoding {self.name}', mininterval=1., disable=hidden):
-            images[index] = self[index][0]
-        return ImageArrays(torch.from_numpy(images), self.labels, self.class_names)
-
-
-def _read_labels(source: Dataset, name: str) -> np.ndarray:
-    """Labels of a map-style data set, without decoding its images."""
-    reader = getattr(source, 'reader', None)
-    if reader is None:
-        labels = source.targets
-    elif hasattr(reader, 'iter_targets'):
-        labels = list(reader.iter_targets())
-    else:
-        labels = [label for _, label in reader.samples]
-    try:
-        return np.asarray(labels, dtype=np.int64)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f'{name}: labels must be class indices, the first is {labels[0]!r}.') from error
-
-
-def _class_names(source: Dataset, labels: np.ndarray) -> tuple[str, ...]:
-    class_to_idx = getattr(getattr(source, 'reader', source), 'class_to_idx', None)
-    if not class_to_idx:
-        return tuple(str(index) for index in range(int(labels.max()) + 1))
-    names = [str(index) for index in range(max(class_to_idx.values()) + 1)]
-    for class_name, index in class_to_idx.items():
-        names[index] = str(class_name)
-    return tuple(names)
-
 
 def load_arrays(dataset: str, split: str, **kwargs) -> ImageArrays:
     """:func:`load_images`, held in memory whatever the size."""
@@ -235,7 +59,7 @@ def load_images(
         target_key: str | None = None,
         memory_limit: int | None = _MEMORY_LIMIT,
         **preprocessing,
-) -> ImageArrays | ImageReader:
+) -> Images:
     """Open one split of a data set through timm, and decode all of it where it fits in memory.
 
     Args:
@@ -423,7 +247,7 @@ def _load_digits(split: str, img_size: int) -> ImageArrays:
 
 
 def check_images(
-        images: ImageArrays | ImageReader,
+        images: Images,
         dataset: str = '',
         split: str = '',
         num_classes: int | None = None,
@@ -464,7 +288,7 @@ def check_images(
         _check_known(images, known, split, own_labels, name)
 
 
-def _check_known(images: ImageArrays | ImageReader, known: str, split: str, own_labels: bool, name: str) -> None:
+def _check_known(images: Images, known: str, split: str, own_labels: bool, name: str) -> None:
     classes, *sizes = _KNOWN_SIZES[known]
     expected = sizes[0] if split == 'train' else sizes[1]
     if len(images) != expected:
@@ -484,7 +308,7 @@ def _check_known(images: ImageArrays | ImageReader, known: str, split: str, own_
                              f'the images were altered.')
 
 
-def check_same_classes(train: ImageArrays | ImageReader, test: ImageArrays | ImageReader) -> None:
+def check_same_classes(train: Images, test: Images) -> None:
     """Check that two splits number the same classes in the same way.
 
     Raises:
@@ -502,246 +326,3 @@ def _known_name(dataset: str) -> str | None:
     prefix, _, rest = dataset.rstrip('/').partition('/')
     name = rest.rpartition('/')[2].lower()
     return name if prefix.lower() in ('torch', 'hfds') and name in _KNOWN_SIZES else None
-
-
-def dataset_stats(images: ImageArrays | ImageReader) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation of each channel over all pixels, on the scale of 0 to 1.
-
-    They are exact for decoded images. Of images that are not, 5,000 are decoded, chosen at random with a fixed seed.
-    """
-    if isinstance(images, ImageReader):
-        sample = np.random.default_rng(_STATS).permutation(len(images))[:_STATS_SAMPLE]
-        images = images.subset(np.sort(sample)).decode()
-    means, stds = [], []
-    levels = torch.arange(256, dtype=torch.float64) / 255.
-    for channel in range(images.image_shape[0]):
-        frequency = torch.bincount(images.images[:, channel].flatten(), minlength=256).double()
-        frequency /= frequency.sum()
-        mean = float((frequency * levels).sum())
-        means.append(mean)
-        stds.append(math.sqrt(float((frequency * (levels - mean) ** 2).sum())))
-    return tuple(means), tuple(stds)
-
-
-def hold_out_split(
-        images: ImageArrays | ImageReader,
-        count: int,
-        seed: int,
-) -> tuple[ImageArrays | ImageReader, ImageArrays | ImageReader]:
-    """Hold out images chosen at random, as many of each class as its share allows.
-
-    Args:
-        images: Training images.
-        count: Number of images held out.
-        seed: Of the choice.
-
-    Returns:
-        What is left, and what is held out; both keep the order of ``images``.
-
-    Raises:
-        ValueError: ``count`` leaves nothing on one side.
-    """
-    if not 0 < count < len(images):
-        raise ValueError(f'{count} images cannot be held out of {len(images)}; give 1 to {len(images) - 1}.')
-    labels = images.labels.numpy()
-    sizes = np.bincount(labels, minlength=images.num_classes)
-    # Largest remainder: the shares rounded down, then one more for the classes that lost most by it.
-    shares = sizes * (count / len(labels))
-    takes = np.floor(shares).astype(np.int64)
-    takes[np.argsort(takes - shares, kind='stable')[:count - takes.sum()]] += 1
-    rng = np.random.default_rng((_HOLD_OUT, seed))
-    held = np.zeros(len(labels), dtype=bool)
-    for label, take in enumerate(takes):
-        held[rng.permutation(np.flatnonzero(labels == label))[:take]] = True
-    return images.subset(np.flatnonzero(~held)), images.subset(np.flatnonzero(held))
-
-
-class BatchLoader:
-    """Batches of normalised images and their targets, made on the device from uint8 images held there.
-
-    Every draw is a pure function of (seed, epoch, step), for the whole global batch, of which each process takes its
-    slice. So an epoch can be begun at any step with nothing saved, and N processes see together what one would see.
-
-    Args:
-        images: Decoded images, or a reader of those that are too many to be held.
-        batch_size: Of all processes together.
-        device: Where the images are held and the batches made.
-        mean: Mean of each channel, on the scale of 0 to 1.
-        std: Standard deviation of each channel, on the same scale.
-        train: Shuffle, augment and, as timm does, leave out a last batch that is not full. Otherwise the images come in
-            order, each once: each process has its contiguous part of them, and the last batch may be short.
-        augment: What is done to training batches; None for nothing.
-        progressive: How much smaller they are in the first epochs; None for full size in all.
-        seed: Of the order and the augmentation.
-        rank: Of this process.
-        world_size: Number of processes.
-        channels_last: Memory format of the batches.
-        num_workers: Processes that decode images of a reader; 0 for this one.
-
-    Raises:
-        ValueError: The batch cannot be divided among the processes, the images do not fill one batch, or are no larger
-            than those of the first epochs are to be.
-    """
-
-    def __init__(
-            self,
-            images: ImageArrays | ImageReader,
-            batch_size: int,
-            *,
-            device: str | torch.device,
-            mean: Sequence[float],
-            std: Sequence[float],
-            train: bool,
-            augment: AugmentConfig | None = None,
-            progressive: ProgressiveResize | None = None,
-            seed: int = 0,
-            rank: int = 0,
-            world_size: int = 1,
-            channels_last: bool = False,
-            num_workers: int = 0,
-    ) -> None:
-        if batch_size < 1 or batch_size % world_size:
-            raise ValueError(f'batch_size {batch_size} cannot be divided among {world_size} processes.')
-        if seed < 0:
-            raise ValueError(f'seed must be 0 or more, got {seed}.')
-        if train and len(images) < batch_size:
-            raise ValueError(f'{len(images)} images do not fill one batch of {batch_size}.')
-        self.device = torch.device(device)
-        self.batch_size = batch_size
-        self.train = train
-        self.seed = seed
-        self.rank = rank
-        self.world_size = world_size
-        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
-        self.num_workers = num_workers
-        self.num_classes = images.num_classes
-        self.image_size = tuple(images.image_shape[1:])
-        self.progressive = progressive
-        if progressive is not None and progressive.initial_size >= min(self.image_size):
-            raise ValueError(f'an initial size of {progressive.initial_size} must be below the shorter side of the '
-                             f'images, {min(self.image_size)}.')
-        self.reader = images if isinstance(images, ImageReader) else None
-        self.labels = images.labels.to(self.device)
-        self.config = (train and augment) or AugmentConfig(hflip=0., crop_padding=0)
-        self.augment = BatchAugment(self.config, Normalize(mean, std, self.device))
-        self.held = self.augment.pad(images.images.to(self.device)) if isinstance(images, ImageArrays) else None
-
-    def __len__(self) -> int:
-        """Steps of an epoch on this process."""
-        if self.train:
-            images, batch = len(self.labels), self.batch_size
-        else:
-            start, stop = self._eval_bounds()
-            images, batch = stop - start, self.batch_size // self.world_size
-        return images // batch if self.train else math.ceil(images / batch)
-
-    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Batches of one epoch, from a step on.
-
-        Args:
-            epoch: Number of the epoch, from 0.
-            start_step: First step.
-
-        Yields:
-            Images, B x C x H x W, and targets: int64 class indices, B, or float32 class weights, B x num_classes,
-            in training with Mixup or CutMix. B is this process's share of the global batch.
-        """
-        batches = self._train_batches(epoch, start_step) if self.train else self._eval_batches(start_step)
-        for images, targets in batches:
-            if self.progressive is not None:
-                images = self.progressive(images, epoch)
-            yield images.to(memory_format=self.memory_format), targets
-
-    def _eval_bounds(self) -> tuple[int, int]:
-        total = len(self.labels)
-        return total * self.rank // self.world_size, total * (self.rank + 1) // self.world_size
-
-    def _eval_batches(self, start_step: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        start, stop = self._eval_bounds()
-        batch = self.batch_size // self.world_size
-        steps = range(start_step, len(self))
-        indices = [np.arange(start + step * batch, min(start + (step + 1) * batch, stop)) for step in steps]
-        for index, (images, chosen) in zip(indices, self._fetch([[index] for index in indices])):
-            images = images.index_select(0, to_device(chosen, self.device))
-            yield self.augment.normalize(images), self.labels[index[0]:index[-1] + 1]
-
-    def _train_batches(self, epoch: int, start_step: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        order = np.random.default_rng((_PERMUTATION, self.seed, epoch)).permutation(len(self.labels))
-        mixing = self.config.mixes and not 0 < self.config.mixup_off_epoch <= epoch
-        group = max(1, _GROUP_PIXELS // (self.batch_size * math.prod(self.image_size)))
-        # Groups begin at multiples of their length, so that a step's group is the same wherever the epoch is begun.
-        groups = [
-            [self._plan(order, step, mixing) for step in range(first, min(first + group, len(self)))]
-            for first in range(start_step - start_step % group, len(self), group)
-        ]
-        fetched = self._fetch([[step.index[step.rows] for step in steps] for steps in groups])
-        for steps, (images, chosen) in zip(groups, fetched):
-            drawn = [self._draw(epoch, step, mixing) for step in steps]
-            pixels = self.augment.pixels(images, chosen, ImageDraws.join([draws for draws, _ in drawn]))
-            parts = pixels.split([len(step.rows) for step in steps])
-            for step, part, (draws, mix) in zip(steps, parts, drawn):
-                if step.number >= start_step:
-                    yield self._finish(step, part, draws, mix)
-
-    def _plan(self, order: np.ndarray, number: int, mixing: bool) -> _Step:
-        index = order[number * self.batch_size:(number + 1) * self.batch_size]
-        share = len(index) // self.world_size
-        rows = np.arange(self.rank * share, (self.rank + 1) * share)
-        if mixing and self.world_size > 1:
-            # Image i is mixed with image B - 1 - i of the global batch, as timm does; behind this process's images
-            # go their partners, in such an order that the same rule pairs them here.
-            rows = np.concatenate((rows, len(index) - 1 - rows[::-1]))
-        return _Step(number, index, rows, share)
-
-    def _draw(self, epoch: int, step: _Step, mixing: bool) -> tuple[ImageDraws, MixDraws | None]:
-        rng = np.random.default_rng((_AUGMENTATION, self.seed, epoch, step.number))
-        draws = draw_images(self.config, len(step.index), self.image_size, rng).take(step.rows)
-        mix = draw_mix(self.config, len(step.index), self.image_size, rng).take(step.rows) if mixing else None
-        return draws, mix
-
-    def _finish(
-            self,
-            step: _Step,
-            pixels: torch.Tensor,
-            draws: ImageDraws,
-            mix: MixDraws | None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        images = self.augment.finish(pixels, draws)
-        targets = self.labels.index_select(0, to_device(step.index[step.rows], self.device))
-        if mix is not None:
-            images = mix_images(images, images.flip(0), mix)
-        if self.config.mixes:
-            targets = mix_targets(targets, self.num_classes, mix, self.config.smoothing)
-        return images[:step.share], targets[:step.share]
-
-    def _fetch(self, groups: list[list[np.ndarray]]) -> Iterator[tuple[torch.Tensor, np.ndarray]]:
-        """For each group of batches, padded uint8 images on the device and which of them are the group's."""
-        if self.held is not None:
-            for group in groups:
-                yield self.held, np.concatenate(group)
-            return
-        loader = DataLoader(
-            self.reader,
-            batch_sampler=[index for group in groups for index in group],
-            num_workers=self.num_workers,
-            collate_fn=fast_collate,
-            pin_memory=self.device.type == 'cuda',
-            generator=torch.Generator(),  # keeps the loader's own draws off the global one
-        )
-        batches = iter(loader)
-        try:
-            for group in groups:
-                images = torch.cat([next(batches)[0].to(self.device, non_blocking=True) for _ in group])
-                yield self.augment.pad(images), np.arange(len(images))
-        except ValueError as error:
-            # A worker's message comes with its traceback in front.
-            raise ValueError(str(error).strip().rpartition('\nValueError: ')[2]) from error
-
-
-@dataclass(frozen=True)
-class _Step:
-    """What one process does in one training step."""
-    number: int
-    index: np.ndarray  # images of the global batch
-    rows: np.ndarray  # positions in it that this process makes: its own, then their partners in other processes
-    share: int  # how many are its own

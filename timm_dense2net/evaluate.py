@@ -22,10 +22,11 @@ from torchvision.transforms.v2 import functional as F
 from tqdm import tqdm
 
 from .calibration import expected_calibration_error, fit_temperature
-from .data import BatchLoader, ImageArrays, ImageReader
 from .distributed import find_device
 from .engine import predict
 from .files import write_json
+from .images import ImageArrays, Images
+from .loader import BatchLoader
 from .trained import TrainedModel, check_fits, load_test_split, load_trained
 
 __all__ = ['CORRUPTIONS', 'FlipAverage', 'corrupt', 'cross_fit_calibration', 'evaluate', 'main']
@@ -131,7 +132,7 @@ def cross_fit_calibration(logits: torch.Tensor, targets: torch.Tensor, seed: int
 
 def evaluate(
         trained: TrainedModel,
-        images: ImageArrays | ImageReader,
+        images: Images,
         *,
         device: torch.device | str = 'cpu',
         batch_size: int = 256,

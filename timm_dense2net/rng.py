@@ -1,4 +1,4 @@
-"""The random states a process depends on, as tensors that can be saved."""
+"""The streams of random numbers that data draws from, and the random states a process depends on."""
 from __future__ import annotations
 
 import random
@@ -6,11 +6,16 @@ import random
 import numpy as np
 import torch
 
-__all__ = ['rng_state', 'set_rng_state']
+__all__ = [
+    'AUGMENTATION_STREAM', 'HOLD_OUT_STREAM', 'PERMUTATION_STREAM', 'STATS_STREAM', 'rng_state', 'set_rng_state']
+
+# First words of each stream's entropy. numpy takes (1, 2) and (1, 2, 0) for the same seed, so streams of different
+# length need different first words.
+PERMUTATION_STREAM, AUGMENTATION_STREAM, HOLD_OUT_STREAM, STATS_STREAM = 1, 2, 3, 4
 
 
 def rng_state(device: torch.device) -> dict[str, torch.Tensor]:
-    """States of torch (CPU and `device`), NumPy and Python."""
+    """States of torch (CPU and `device`), NumPy and Python, as tensors that can be saved."""
     version, internal, gauss_next = random.getstate()
     _, keys, position, has_gauss, cached_gaussian = np.random.get_state()
     state = dict(

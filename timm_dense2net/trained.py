@@ -16,9 +16,10 @@ from timm.data import resolve_data_config
 from .checkpoint import load_weights
 from .classes import CIFAR100_CLASSES
 from .convert import METADATA_KEY, reapply_conversion
-from .data import PREPROCESSING, ImageArrays, ImageReader, load_images
+from .data import load_images
 from .errors import one_line
 from .hub import LOAD_ERRORS, check_weights, explain_hub_error
+from .images import PREPROCESSING, Images
 from .meta import forward_on_meta
 from .names import check_model_name
 
@@ -136,7 +137,7 @@ def _create_for(name: str, weights: Mapping[str, torch.Tensor], model_args: dict
     return timm.create_model(name, **model_args | shape)
 
 
-def _check_classes(trained: TrainedModel, images: ImageArrays | ImageReader) -> None:
+def _check_classes(trained: TrainedModel, images: Images) -> None:
     """By their number and, where both have names, by these."""
     if trained.model.num_classes != images.num_classes:
         raise ValueError(f'{trained.name} has {trained.model.num_classes} classes, the data {images.num_classes}')
@@ -175,7 +176,7 @@ def _own_size(model: nn.Module) -> str:
     return f'; it is made for {height}x{width} (--img-size {height})'
 
 
-def check_fits(trained: TrainedModel, images: ImageArrays | ImageReader) -> None:
+def check_fits(trained: TrainedModel, images: Images) -> None:
     """Checks that images are of a model's classes, and of a shape that it takes.
 
     Raises:
@@ -191,7 +192,7 @@ def load_test_split(
         *,
         img_size: int | None = None,
         **kwargs,
-) -> ImageArrays | ImageReader:
+) -> Images:
     """The test split of a data set, its images resized and cropped as the model's weights ask for.
 
     Args:

@@ -24,10 +24,10 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from tqdm import tqdm
 
 from .checkpoint import save_state, save_weights
-from .data import BatchLoader
 from .distributed import Processes
 from .engine import TrainLoss, TrainStep, autocast_factory, evaluate
 from .errors import one_line
+from .loader import BatchLoader
 from .rng import rng_state, set_rng_state
 from .training_form import set_training_form
 
