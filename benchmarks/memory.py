@@ -1,4 +1,5 @@
-"""Peak memory of one call, of the GPU where there is one, else of the process (Linux), and processes to measure it in."""
+"""Peak memory of one call, of the GPU where there is one, else of the process (Linux), and a process to measure it in.
+"""
 import ctypes
 import multiprocessing
 from concurrent.futures import ProcessPoolExecutor

@@ -366,7 +366,7 @@ def test_whole_cifar100_is_told_from_part_of_it():
 
 def test_altered_cifar100_is_told_by_its_statistics():
     arrays = make_cifar100(500)
-    check_images(arrays, 'torch/cifar100', 'train')  # of another size than CIFAR's, so resized: those of 2x2 pixels differ
+    check_images(arrays, 'torch/cifar100', 'train')  # not of CIFAR's size, so resized, which alters deviations
     whole = ImageArrays(arrays.images.repeat(1, 1, 16, 16), arrays.labels, arrays.class_names)
     with pytest.raises(ValueError, match='mean and deviation are .* the images were altered'):
         check_images(whole, 'torch/cifar100', 'train')

@@ -26,8 +26,8 @@ from .checkpoint import CHECKPOINT_FILE, PREVIOUS_FILE
 from .names import did_you_mean
 
 __all__ = [
-    'augment_config', 'build_parser', 'parse_args', 'check_args', 'list_recipes', 'load_recipe', 'saved_args', 'public_args',
-    'public_model_kwargs', 'recipe_name', 'ARGS_FILE', 'HOST_ARGS', 'PLACES', 'SCHEDULES']
+    'augment_config', 'build_parser', 'parse_args', 'check_args', 'list_recipes', 'load_recipe', 'saved_args',
+    'public_args', 'public_model_kwargs', 'recipe_name', 'ARGS_FILE', 'HOST_ARGS', 'PLACES', 'SCHEDULES']
 
 ARGS_FILE = 'args.yaml'
 _OUTPUT = './output'
@@ -84,14 +84,24 @@ class _Parser(argparse.ArgumentParser):
         raise ValueError(message)
 
 
+_FLAG = argparse.BooleanOptionalAction
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The parser; its defaults are the deck's Dense2Net run, and it raises ValueError for what it cannot parse."""
     parser = _Parser(
         description='Train and evaluate a timm model on CIFAR-100 or any timm data set.',
         allow_abbrev=False)
-    flag = argparse.BooleanOptionalAction
+    _add_run_args(parser.add_argument_group('Run'))
+    _add_data_args(parser.add_argument_group('Data'))
+    _add_model_args(parser.add_argument_group('Model'))
+    _add_optimization_args(parser.add_argument_group('Optimizer and schedule'))
+    _add_augmentation_args(parser.add_argument_group('Augmentation'))
+    _add_speed_args(parser.add_argument_group('Speed and machines'))
+    return parser
 
-    group = parser.add_argument_group('Run')
+
+def _add_run_args(group: argparse._ArgumentGroup) -> None:
     group.add_argument('--recipe', metavar='NAME', help=f'packaged recipe or YAML file ({", ".join(list_recipes())})')
     group.add_argument('--output', default=_OUTPUT, metavar='DIR', help='folder of run folders (%(default)s)')
     group.add_argument('--experiment', metavar='NAME', help="run folder's name (date-model-recipe)")
@@ -105,14 +115,15 @@ def build_parser() -> argparse.ArgumentParser:
         'batches between readings of the loss, which wait for the device (%(default)s)'))
     group.add_argument('--checkpoint-interval', type=int, default=0, metavar='N', help=(
         'save the training state every N updates too, 0: after each epoch only'))
-    group.add_argument('--log-wandb', action=flag, default=False, help='log to Weights & Biases')
-    group.add_argument('--log-tensorboard', action=flag, default=False, help='log to TensorBoard')
+    group.add_argument('--log-wandb', action=_FLAG, default=False, help='log to Weights & Biases')
+    group.add_argument('--log-tensorboard', action=_FLAG, default=False, help='log to TensorBoard')
 
-    group = parser.add_argument_group('Data')
+
+def _add_data_args(group: argparse._ArgumentGroup) -> None:
     group.add_argument('-d', '--dataset', default='torch/cifar100', metavar='NAME', help=(
         "timm data set spec, or 'digits' (%(default)s)"))
     group.add_argument('--data-dir', metavar='DIR', help='root folder of the data set')
-    group.add_argument('--dataset-download', action=flag, default=False, help='download where supported')
+    group.add_argument('--dataset-download', action=_FLAG, default=False, help='download where supported')
     group.add_argument('--input-key', metavar='NAME', help='image column of a Hugging Face data set')
     group.add_argument('--target-key', metavar='NAME', help='label column of a Hugging Face data set')
     group.add_argument('--hold-out', type=int, default=0, metavar='N', help=(
@@ -129,10 +140,11 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument('--mean', type=float, nargs='+', metavar='MEAN', help='override the mean, pixels in 0..1')
     group.add_argument('--std', type=float, nargs='+', metavar='STD', help='override the standard deviation')
 
-    group = parser.add_argument_group('Model')
+
+def _add_model_args(group: argparse._ArgumentGroup) -> None:
     group.add_argument('--model', default='dense2net121_s4', metavar='MODEL', help='any timm model (%(default)s)')
     group.add_argument('--model-kwargs', nargs='*', default={}, action=_ModelKwargs, metavar='KEY=VALUE')
-    group.add_argument('--pretrained', action=flag, default=False, help='start from (or evaluate) pretrained weights')
+    group.add_argument('--pretrained', action=_FLAG, default=False, help='start from (or evaluate) pretrained weights')
     group.add_argument('--pretrained-path', metavar='PATH', help=(
         'run folder or safetensors file in the place of the pretrained weights, with adaptation'))
     group.add_argument('--initial-checkpoint', metavar='PATH', help='start from these weights')
@@ -143,11 +155,13 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument('--drop-path', type=float, metavar='PCT', help='drop-path rate')
     group.add_argument('--res2net-scale', type=int, metavar='S', help=(
         "replace the model's 3x3 convolutions by Dense2Net's hierarchy of S splits, after its weights are loaded"))
-    group.add_argument('--model-ema', action=flag, default=False, help='keep an exponential moving average of weights')
+    group.add_argument(
+        '--model-ema', action=_FLAG, default=False, help='keep an exponential moving average of weights')
     group.add_argument('--model-ema-decay', type=float, default=0.9998, metavar='D')
-    group.add_argument('--model-ema-warmup', action=flag, default=False, help='warm the decay up; needed on short runs')
+    group.add_argument('--model-ema-warmup', action=_FLAG, default=False, help='warm the decay up; needed on short runs')
 
-    group = parser.add_argument_group('Optimizer and schedule')
+
+def _add_optimization_args(group: argparse._ArgumentGroup) -> None:
     group.add_argument('--epochs', type=int, default=100, metavar='N')
     group.add_argument(
         '--opt', default='momentum', metavar='OPTIMIZER', help="timm's name; 'momentum' is plain SGD, 'sgd' Nesterov's")
@@ -160,7 +174,7 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument('--grad-accum-steps', type=int, default=1, metavar='N')
     group.add_argument('--sched', default='plateau', choices=SCHEDULES, metavar='SCHEDULER', help=(
         f"'plateau' (on validation loss, %(default)s is the default) or timm's {', '.join(SCHEDULES[1:])}"))
-    group.add_argument('--sched-on-updates', action=flag, default=False, help='step the schedule each update')
+    group.add_argument('--sched-on-updates', action=_FLAG, default=False, help='step the schedule each update')
     group.add_argument('--warmup-epochs', type=int, default=0, metavar='N')
     group.add_argument('--warmup-lr', type=float, default=1e-5, metavar='LR')
     group.add_argument('--min-lr', type=float, default=0., metavar='LR')
@@ -176,8 +190,9 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument('--early-stop-patience', type=int, default=25, metavar='N', help=(
         'stop after N epochs without a better validation top-1, 0: never (%(default)s)'))
 
-    group = parser.add_argument_group('Augmentation')
-    group.add_argument('--aug', action=flag, default=True, help='--no-aug turns all training augmentation off')
+
+def _add_augmentation_args(group: argparse._ArgumentGroup) -> None:
+    group.add_argument('--aug', action=_FLAG, default=True, help='--no-aug turns all training augmentation off')
     group.add_argument('--hflip', type=float, default=0.5, metavar='P')
     group.add_argument('--crop-padding', type=int, default=4, metavar='N', help='pad by N and crop back at random')
     group.add_argument('--cutout-holes', type=int, default=0, metavar='N')
@@ -191,17 +206,17 @@ def build_parser() -> argparse.ArgumentParser:
         'first epoch without mixup and cutmix, 0: never off'))
     group.add_argument('--smoothing', type=float, default=0., metavar='E', help='label smoothing')
 
-    group = parser.add_argument_group('Speed and machines')
-    group.add_argument('--amp', action=flag, default=False, help='mixed precision')
+
+def _add_speed_args(group: argparse._ArgumentGroup) -> None:
+    group.add_argument('--amp', action=_FLAG, default=False, help='mixed precision')
     group.add_argument('--amp-dtype', default='bfloat16', choices=('bfloat16', 'float16'))
-    group.add_argument('--channels-last', action=flag, default=False)
-    group.add_argument('--grad-checkpointing', action=flag, default=False, help=(
+    group.add_argument('--channels-last', action=_FLAG, default=False)
+    group.add_argument('--grad-checkpointing', action=_FLAG, default=False, help=(
         'keep less for the backward pass and compute it again'))
     group.add_argument('--torchcompile', nargs='?', const='inductor', metavar='BACKEND', help='compile the model')
-    group.add_argument('--sync-bn', action=flag, default=False, help='batch statistics over all processes (GPU)')
+    group.add_argument('--sync-bn', action=_FLAG, default=False, help='batch statistics over all processes (GPU)')
     group.add_argument('--dist-bn', default='reduce', choices=('reduce', 'broadcast', ''), help=(
         'share running batch-norm statistics between processes after each epoch'))
-    return parser
 
 
 def list_recipes() -> list[str]:

@@ -12,14 +12,14 @@ import json
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterable
 from pathlib import Path
 
 import yaml
-from huggingface_hub import EvalResult, HfApi, ModelCardData, get_token
+from huggingface_hub import HfApi, get_token
 from huggingface_hub.utils import HFValidationError, validate_repo_id
-from timm.models import get_pretrained_cfg, save_for_hf
+from timm.models import save_for_hf
 
+from .card import first_model, hub_dataset, model_card
 from .files import sha256_of
 from .hub import DIGEST_KEY, HUB_ERRORS, WEIGHTS_FILE, explain_hub_error
 from .options import ARGS_FILE, HOST_ARGS, public_args
@@ -34,29 +34,6 @@ _RUN_FILES = (
 
 # Arguments that are not given away; `recipe` would make a run's arguments of the recipe.
 _OWN_ARGS = HOST_ARGS | {'recipe'}
-
-# Hub id and name of data sets known here, by the last part of timm's data set name.
-_HUB_DATASETS = {'cifar100': ('uoft-cs/cifar100', 'CIFAR-100'), 'cifar10': ('uoft-cs/cifar10', 'CIFAR-10')}
-
-_CITATION = '''\
-@misc{starliper_dense2net,
-  title = {Dense2Net: A Hybrid DenseNet/Res2Net Architecture},
-  author = {Starliper, Nathan and Songkakul, Tanner}
-}
-@article{gao2019res2net,
-  title = {Res2Net: A New Multi-scale Backbone Architecture},
-  author = {Gao, Shang-Hua and Cheng, Ming-Ming and Zhao, Kai and Zhang, Xin-Yu and Yang, Ming-Hsuan and Torr, Philip},
-  journal = {arXiv:1904.01169},
-  year = {2019}
-}
-@inproceedings{huang2017densely,
-  title = {Densely Connected Convolutional Networks},
-  author = {Huang, Gao and Liu, Zhuang and van der Maaten, Laurens and Weinberger, Kilian Q.},
-  booktitle = {CVPR},
-  year = {2017}
-}
-'''
-
 
 class PublishError(RuntimeError):
     """A run cannot be published; the message says why."""
@@ -114,126 +91,14 @@ def _fill(folder: Path, run: Path, repo_id: str, result: RunResult, trained: Tra
         if (run / name).is_file():
             shutil.copyfile(run / name, folder / name)
     args = yaml.safe_load((run / ARGS_FILE).read_text(encoding='utf-8'))
-    public = public_args(args, _first_model(trained))
+    public = public_args(args, first_model(trained))
     recipe = {name: value for name, value in public.items() if name not in _OWN_ARGS}
-    recipe['dataset'] = _dataset_name(public['dataset'])
+    recipe['dataset'] = hub_dataset(public['dataset'])
     (folder / 'recipe.yaml').write_text(yaml.safe_dump(recipe), encoding='utf-8')
-    start, left_out = 'pretrained weights' if args.get('pretrained') else 'random weights', ''
-    for name in ('pretrained_path', 'initial_checkpoint'):
-        if args.get(name):
-            start = 'weights of another run'
-            left_out = f', `--{name.replace("_", "-")}` which weights it starts from'
-    # Batch size and batch statistics are those of a process.
     processes = json.loads((run / 'result.json').read_text(encoding='utf-8')).get('world_size') or 1
-    command = 'python' if processes == 1 else f'torchrun --nproc-per-node {processes}'
     files = {path.name for path in folder.iterdir()}
-    card = _model_card(repo_id, result, trained, start, left_out, command, files)
+    card = model_card(repo_id, result, trained, args, processes, files)
     (folder / 'README.md').write_text(card, encoding='utf-8')
-
-
-def _first_model(trained: TrainedModel) -> str:
-    """The model's name with the tag of the weights that it was trained on."""
-    return json.loads(trained.metadata['args'])['model']
-
-
-def _dataset_name(dataset: str) -> str:
-    """timm's name of a data set: of one that is known here and was in a folder, that on the Hub."""
-    name = dataset.rpartition('/')[2]
-    known = name in _HUB_DATASETS and not dataset.startswith('hfds/')
-    return f'hfds/{_HUB_DATASETS[name][0]}' if known else dataset
-
-
-def _model_card(
-        repo_id: str,
-        result: RunResult,
-        trained: TrainedModel,
-        start: str,
-        left_out: str,
-        command: str,
-        files: Iterable[str],
-) -> str:
-    licence = get_pretrained_cfg(_first_model(trained)).license or 'apache-2.0'
-    dataset_id, dataset_name = _HUB_DATASETS.get(result.dataset, (result.dataset, result.dataset))
-    shared = dict(
-        task_type='image-classification', dataset_type=dataset_id, dataset_name=dataset_name, dataset_split='test')
-    data = ModelCardData(
-        license=licence,
-        library_name='timm',
-        pipeline_tag='image-classification',
-        tags=['timm', 'image-classification', 'dense2net'],
-        datasets=[dataset_id] if result.dataset in _HUB_DATASETS else None,
-        model_name=repo_id.partition('/')[2],
-        eval_results=[
-            EvalResult(metric_type='accuracy', metric_name=name, metric_value=value, **shared)
-            for name, value in (('Top-1 accuracy (%)', result.top1), ('Top-5 accuracy (%)', result.top5))],
-    )
-    recipe = f'`{result.recipe}`' if result.recipe else 'own'
-    if result.overrides:
-        recipe += f' with `{result.overrides}`'
-    epoch = 'the epoch that was best on held-out images' if result.hold_out else 'the last epoch'
-    size = ' x '.join(str(side) for side in trained.data_config['input_size'])
-    weights = 'EMA of the weights' if result.ema else 'weights'
-    pictures = ''.join(
-        f'\n![{title}]({name})\n' for title, name in (
-            ('Accuracy and loss, training and validation', 'curves.png'), ('Confusion matrix', 'confusion_matrix.png'))
-        if name in files)
-    return f'''---
-{data.to_yaml()}
----
-# {repo_id.partition('/')[2]}
-
-`{trained.metadata['model']}`, an image classifier for [timm](https://github.com/huggingface/pytorch-image-models),
-trained on {dataset_name} with `timm_dense2net`.
-
-| | |
-| --- | --- |
-| Parameters | {result.params / 1e6:.2f} M |
-| Input | {size} |
-| Classes | {trained.model.num_classes} |
-| Top-1 / top-5 on the test split | {result.top1:.2f} % / {result.top5:.2f} % |
-| Recipe | {recipe} |
-| Trained | {result.epochs_trained} epochs from {start}, seed {result.seed}; {weights} of {epoch} |
-| Hardware | {result.hardware}, {result.wall_time / 3600:.2f} h |
-| Libraries | {result.versions} |
-
-## Use
-
-```bash
-pip install .    # in a checkout of timm_dense2net
-```
-
-```python
-import timm
-import torch
-from PIL import Image
-
-import timm_dense2net  # registers the model in timm
-
-model = timm.create_model('hf-hub:{repo_id}', pretrained=True).eval()
-transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model), is_training=False)
-
-image = Image.open('image.png').convert('RGB')
-with torch.inference_mode():
-    probabilities = model(transform(image).unsqueeze(0)).softmax(dim=1)[0]
-names = model.pretrained_cfg.get('label_names') or range(model.num_classes)
-for probability, index in zip(*probabilities.topk(min(5, model.num_classes))):
-    print(f'{{names[index]}}: {{100 * probability:.1f}} %')
-```
-
-## Training
-
-All arguments are in `recipe.yaml` (in a checkout of timm_dense2net `{command} train_cifar.py --recipe recipe.yaml`
-trains it again; `--data-dir` says where the data is{left_out}), the figures of each epoch in `summary.csv`.
-{pictures}
-## Licence
-
-Code and weights: {licence}. The training data has terms of its own.
-
-## Citation
-
-```bibtex
-{_CITATION}```
-'''
 
 
 def push_hub_folder(folder: Path, repo_id: str) -> str:

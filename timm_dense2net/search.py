@@ -361,8 +361,8 @@ def write_best(study: optuna.Study, args: argparse.Namespace, space: SearchSpace
     path = folder / 'best.yaml'
     write_text(
         path,
-        f'# Trial {trial.number} of study {study.study_name}: top-1 {trial.value:.2f} on {args.hold_out} held-out training '
-        f'images.\n' + yaml.safe_dump(recipe, sort_keys=False))
+        f'# Trial {trial.number} of study {study.study_name}: top-1 {trial.value:.2f} on {args.hold_out} held-out '
+        f'training images.\n' + yaml.safe_dump(recipe, sort_keys=False))
     return path
 
 

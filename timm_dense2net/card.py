@@ -1,0 +1,172 @@
+"""The card of a published model, its README on the Hugging Face Hub."""
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCardData
+from timm.models import get_pretrained_cfg
+
+from .report import RunResult
+from .trained import TrainedModel
+
+__all__ = ['first_model', 'hub_dataset', 'model_card']
+
+# Hub id and name of data sets known here, by the last part of timm's data set name.
+_HUB_DATASETS = {'cifar100': ('uoft-cs/cifar100', 'CIFAR-100'), 'cifar10': ('uoft-cs/cifar10', 'CIFAR-10')}
+
+_CITATION = '''\
+@misc{starliper_dense2net,
+  title = {Dense2Net: A Hybrid DenseNet/Res2Net Architecture},
+  author = {Starliper, Nathan and Songkakul, Tanner}
+}
+@article{gao2019res2net,
+  title = {Res2Net: A New Multi-scale Backbone Architecture},
+  author = {Gao, Shang-Hua and Cheng, Ming-Ming and Zhao, Kai and Zhang, Xin-Yu and Yang, Ming-Hsuan and Torr, Philip},
+  journal = {arXiv:1904.01169},
+  year = {2019}
+}
+@inproceedings{huang2017densely,
+  title = {Densely Connected Convolutional Networks},
+  author = {Huang, Gao and Liu, Zhuang and van der Maaten, Laurens and Weinberger, Kilian Q.},
+  booktitle = {CVPR},
+  year = {2017}
+}
+'''
+
+
+def first_model(trained: TrainedModel) -> str:
+    """The model's name with the tag of the weights that it was trained on."""
+    return json.loads(trained.metadata['args'])['model']
+
+
+def hub_dataset(dataset: str) -> str:
+    """timm's name of a data set: of one that is known here and was in a folder, that on the Hub."""
+    name = dataset.rpartition('/')[2]
+    known = name in _HUB_DATASETS and not dataset.startswith('hfds/')
+    return f'hfds/{_HUB_DATASETS[name][0]}' if known else dataset
+
+
+def model_card(
+        repo_id: str,
+        result: RunResult,
+        trained: TrainedModel,
+        args: Mapping[str, Any],
+        processes: int,
+        files: Collection[str],
+) -> str:
+    """Markdown with the Hub's YAML front matter.
+
+    Args:
+        repo_id: OWNER/NAME of the repository.
+        result: What the run came to.
+        trained: The model as it was loaded from the run's weights.
+        args: The run's arguments.
+        processes: Number of processes that trained it together.
+        files: Names of the repository's other files.
+    """
+    name = repo_id.partition('/')[2]
+    licence = get_pretrained_cfg(first_model(trained)).license or 'apache-2.0'
+    dataset_name = _HUB_DATASETS.get(result.dataset, (result.dataset, result.dataset))[1]
+    start, left_out = _start(args)
+    # Batch size and batch statistics are those of a process.
+    command = 'python' if processes == 1 else f'torchrun --nproc-per-node {processes}'
+    epoch = 'the epoch that was best on held-out images' if result.hold_out else 'the last epoch'
+    size = ' x '.join(str(side) for side in trained.data_config['input_size'])
+    weights = 'EMA of the weights' if result.ema else 'weights'
+    return f'''---
+{_front_matter(name, licence, result).to_yaml()}
+---
+# {name}
+
+`{trained.metadata['model']}`, an image classifier for [timm](https://github.com/huggingface/pytorch-image-models),
+trained on {dataset_name} with `timm_dense2net`.
+
+| | |
+| --- | --- |
+| Parameters | {result.params / 1e6:.2f} M |
+| Input | {size} |
+| Classes | {trained.model.num_classes} |
+| Top-1 / top-5 on the test split | {result.top1:.2f} % / {result.top5:.2f} % |
+| Recipe | {_recipe(result)} |
+| Trained | {result.epochs_trained} epochs from {start}, seed {result.seed}; {weights} of {epoch} |
+| Hardware | {result.hardware}, {result.wall_time / 3600:.2f} h |
+| Libraries | {result.versions} |
+
+## Use
+
+```bash
+pip install .    # in a checkout of timm_dense2net
+```
+
+```python
+import timm
+import torch
+from PIL import Image
+
+import timm_dense2net  # registers the model in timm
+
+model = timm.create_model('hf-hub:{repo_id}', pretrained=True).eval()
+transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model), is_training=False)
+
+image = Image.open('image.png').convert('RGB')
+with torch.inference_mode():
+    probabilities = model(transform(image).unsqueeze(0)).softmax(dim=1)[0]
+names = model.pretrained_cfg.get('label_names') or range(model.num_classes)
+for probability, index in zip(*probabilities.topk(min(5, model.num_classes))):
+    print(f'{{names[index]}}: {{100 * probability:.1f}} %')
+```
+
+## Training
+
+All arguments are in `recipe.yaml` (in a checkout of timm_dense2net `{command} train_cifar.py --recipe recipe.yaml`
+trains it again; `--data-dir` says where the data is{left_out}), the figures of each epoch in `summary.csv`.
+{_pictures(files)}
+## Licence
+
+Code and weights: {licence}. The training data has terms of its own.
+
+## Citation
+
+```bibtex
+{_CITATION}```
+'''
+
+
+def _front_matter(name: str, licence: str, result: RunResult) -> ModelCardData:
+    dataset_id, dataset_name = _HUB_DATASETS.get(result.dataset, (result.dataset, result.dataset))
+    shared = dict(
+        task_type='image-classification', dataset_type=dataset_id, dataset_name=dataset_name, dataset_split='test')
+    return ModelCardData(
+        license=licence,
+        library_name='timm',
+        pipeline_tag='image-classification',
+        tags=['timm', 'image-classification', 'dense2net'],
+        datasets=[dataset_id] if result.dataset in _HUB_DATASETS else None,
+        model_name=name,
+        eval_results=[
+            EvalResult(metric_type='accuracy', metric_name=metric, metric_value=value, **shared)
+            for metric, value in (('Top-1 accuracy (%)', result.top1), ('Top-5 accuracy (%)', result.top5))],
+    )
+
+
+def _start(args: Mapping[str, Any]) -> tuple[str, str]:
+    """What a run started from, and what its recipe cannot say of it."""
+    for name in ('initial_checkpoint', 'pretrained_path'):
+        if args.get(name):
+            return 'weights of another run', f', `--{name.replace("_", "-")}` which weights it starts from'
+    return 'pretrained weights' if args.get('pretrained') else 'random weights', ''
+
+
+def _recipe(result: RunResult) -> str:
+    recipe = f'`{result.recipe}`' if result.recipe else 'own'
+    return f'{recipe} with `{result.overrides}`' if result.overrides else recipe
+
+
+def _pictures(files: Collection[str]) -> str:
+    titles = {
+        'curves.png': 'Accuracy and loss, training and validation',
+        'confusion_matrix.png': 'Confusion matrix',
+    }
+    return ''.join(f'\n![{title}]({name})\n' for name, title in titles.items() if name in files)
