@@ -158,7 +158,8 @@ def _add_model_args(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         '--model-ema', action=_FLAG, default=False, help='keep an exponential moving average of weights')
     group.add_argument('--model-ema-decay', type=float, default=0.9998, metavar='D')
-    group.add_argument('--model-ema-warmup', action=_FLAG, default=False, help='warm the decay up; needed on short runs')
+    group.add_argument(
+        '--model-ema-warmup', action=_FLAG, default=False, help='warm the decay up; needed on short runs')
 
 
 def _add_optimization_args(group: argparse._ArgumentGroup) -> None:
