@@ -27,6 +27,13 @@ def change_layers(model, change):
     elif change == 'wide_transition':
         old = transition.conv
         transition.conv = torch.nn.Conv2d(old.in_channels, old.out_channels, 3, padding=1, bias=False)
+    elif change == 'appended':
+        transition.append(torch.nn.Sigmoid())
+    elif change == 'hooked':
+        layers[1].conv1.register_forward_hook(lambda module, args, output: output / 2)
+    elif change == 'own_forward':
+        layer, forward = layers[1], layers[1].forward
+        layer.forward = lambda features: forward(features) / 2
     elif change == 'narrow':
         layer, dtype = layers[1], next(model.parameters()).dtype
         block.denselayer2 = type(layer)(layer.conv1.in_channels, layer.growth_rate, bn_size=2, scale=4, dtype=dtype)
@@ -49,4 +56,6 @@ def change_layers(model, change):
     return model
 
 
-CHANGES = ['adapted', 'reflect', 'ceil_mode', 'padded_pool', 'wide_transition', 'narrow', 'subclass', 'wrapped']
+CHANGES = [
+    'adapted', 'reflect', 'ceil_mode', 'padded_pool', 'wide_transition', 'appended', 'hooked', 'own_forward', 'narrow',
+    'subclass', 'wrapped']

@@ -344,6 +344,62 @@ def test_hooks_are_called():
 
 
 @torch.no_grad()
+def test_hooks_from_before_are_called():
+    model, x = create(), images(2, 3, 32, 32)
+    for name in ('features', 'features.denseblock2', 'features.transition1', 'features.denseblock1.denselayer1.conv1'):
+        handle = model.get_submodule(name).register_forward_hook(lambda module, args, output: output / 2)
+        torch.testing.assert_close(reparameterize_model(model)(x), model(x), rtol=1e-4, atol=1e-4)
+        handle.remove()
+    # Its weight is made by a hook, and what lies there now is of the one before.
+    conv = torch.nn.utils.weight_norm(model.features.denseblock1.denselayer1.conv1)
+    model(x)
+    conv.weight_g.mul_(2.)
+    torch.testing.assert_close(reparameterize_model(model)(x), model(x), rtol=1e-4, atol=1e-4)
+
+
+def test_hooks_take_features_of_fused_nets():
+    net = timm.create_model('dense2net40_k12_s4', features_only=True, feature_cls='hook', out_indices=(0, 1, 2)).eval()
+    x = images(1, 3, 32, 32)
+    with torch.no_grad():
+        for fused, plain in zip(reparameterize_model(net)(x), net(x), strict=True):
+            torch.testing.assert_close(fused, plain, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_weights_of_other_kinds_are_left_to_the_layers():
+    class Quantized(torch.Tensor):
+        pass
+
+    fused, x = reparameterize_model(create()), images(2, 3, 32, 32)
+    expected, block = fused(x), fused.features.denseblock1
+    assert block.runs_in_place(x)
+    linear = block.denselayer1.conv1.linear
+    linear.weight = torch.nn.Parameter(linear.weight.as_subclass(Quantized), requires_grad=False)
+    assert not block.runs_in_place(x)
+    torch.testing.assert_close(fused(x).as_subclass(torch.Tensor), expected)
+
+
+def test_calls_beside_each_other_leave_the_threads(three_threads):
+    fused, x, outputs = reparameterize_model(create()), images(50, 3, 16, 16), []
+
+    def call():
+        with torch.no_grad():
+            outputs.append(fused(x))
+
+    callers = [threading.Thread(target=call) for _ in range(8)]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join()
+    assert threads_seen() == [3, 3]
+    with torch.no_grad():
+        expected = fused(x)
+    assert len(outputs) == 8
+    for output in outputs:
+        torch.testing.assert_close(output, expected)
+
+
+@torch.no_grad()
 def test_what_follows_the_blocks_may_need_the_whole_batch(three_threads, monkeypatch):
     """A norm by the statistics of the batch sees it as a whole, in parts or groups as the blocks may run."""
     monkeypatch.setattr(timm_dense2net.in_place, 'CACHE_BYTES', 100_000)

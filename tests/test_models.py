@@ -45,6 +45,7 @@ def test_default_cfg(name):
     assert model.num_classes == cfg['num_classes'] == (1000 if name in IMAGENET_MODELS else 100)
     assert cfg['input_size'] == ((3, 224, 224) if name in IMAGENET_MODELS else (3, 32, 32))
     assert not cfg['fixed_input_size']
+    assert model.in_chans == 3 and list(model.children())[-1] is model.get_classifier()
     config = resolve_data_config(model=model)
     assert config['mean'] == cfg['mean'] and config['crop_pct'] == (0.875 if name in IMAGENET_MODELS else 1.0)
     x = torch.empty(2, *cfg['input_size'], device='meta')

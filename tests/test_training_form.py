@@ -1,5 +1,6 @@
 """The training form equals the plain form: outputs, gradients of input and parameters, running statistics."""
 import copy
+import gc
 from collections import OrderedDict
 from contextlib import contextmanager
 
@@ -12,6 +13,7 @@ from torch.autograd import gradcheck
 from changed_layers import CHANGES, change_layers
 from timm_dense2net import dense2net, training_form
 from timm_dense2net.dense2net import Dense2Net, DenseBlock
+from timm_dense2net.memory_pool import MemoryPool
 
 KINDS = {
     'baseline': dict(scale=None),
@@ -450,6 +452,19 @@ def test_statistics_are_updated_without_gradients_too():
                 torch.testing.assert_close(y, twin(x), rtol=1e-9, atol=1e-9)
     for (name, a), b in zip(model.named_buffers(), twin.buffers()):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9, msg=name)
+
+
+def test_kept_losses_keep_no_memory():
+    def pools(keep):
+        model, losses = create(block_config=(2, 2)), []
+        for side in (16, 20, 24):
+            loss = model(normal(2, 3, side, side)).sum()
+            loss.backward()
+            losses.append(loss if keep else loss.item())
+        gc.collect()
+        return sum(isinstance(o, MemoryPool) for o in gc.get_objects())
+
+    assert pools(keep=True) == pools(keep=False) == 2  # of the last size, one a block
 
 
 def test_full_net_keeps_less_with_checkpointing():

@@ -32,6 +32,7 @@ from timm.models._manipulate import MATCH_PREV_GROUP
 
 from .fused import (
     FusedDenseBlock, FusedDenseTransition, FusedFeatures, FusedSplitHierarchyConv2d, is_fusable)
+from .hooks import has_own_hooks
 from .in_place import parts_of, runs_by_parts
 from .memory_pool import PoolOwner
 from .packaged import check_pretrained, packaged_file
@@ -111,6 +112,11 @@ def _is_bare_conv(conv: nn.Module, kernel_size: int, dilation: int = 1, groups: 
     padding = dilation * (kernel_size - 1) // 2
     shape = tuple((value, value) for value in (kernel_size, 1, padding, dilation))
     return (conv.kernel_size, conv.stride, conv.padding, conv.dilation) == shape and groups in (None, conv.groups)
+
+
+def _is_untouched(module: nn.Module) -> bool:
+    # Hooks make weights, too: those of torch's older weight_norm, spectral_norm and pruning.
+    return module.is_original() and not any(map(has_own_hooks, module.modules()))
 
 
 class SplitHierarchyConv2d(nn.Module):
@@ -200,8 +206,8 @@ class SplitHierarchyConv2d(nn.Module):
 
     @torch.jit.ignore
     def fuse(self) -> nn.Module:
-        """Form for inference; itself if its norms are other than batch norm with ReLU, or its convolutions replaced."""
-        return FusedSplitHierarchyConv2d(self) if self.is_original() and is_fusable(*self.norms) else self
+        """Form for inference; itself if a norm is no batch norm with ReLU, or a layer is changed or hooked."""
+        return FusedSplitHierarchyConv2d(self) if _is_untouched(self) and is_fusable(*self.norms) else self
 
 
 @contextmanager
@@ -225,7 +231,10 @@ class DenseLayer(nn.Module):
     With ``scale=None`` one 3x3 convolution takes the place of the hierarchy and the second 1x1 convolution, as in
     DenseNet-BC.
 
-    Shape: list of (N, C_i, H, W), with C_i adding up to ``in_chs`` -> (N, growth_rate, H, W).
+    Shape: list of (N, C_i, H, W), with C_i adding up to ``in_chs``, or one (N, in_chs, H, W) -> (N, growth_rate, H, W).
+
+    Raises:
+        ValueError: If the cardinality does not divide the growth rate, or hierarchy or attention cannot be made.
     """
 
     def __init__(
@@ -302,8 +311,11 @@ class DenseLayer(nn.Module):
             run, *features, use_reentrant=False, context_fn=lambda: (nullcontext(), _running_stats_frozen(self)))
 
     def forward(self, features: List[torch.Tensor]) -> torch.Tensor:
-        if self.grad_checkpointing and not torch.jit.is_scripting():
-            return self._new_features_checkpointed(features)
+        if not torch.jit.is_scripting():
+            if isinstance(features, torch.Tensor):
+                features = [features]
+            if self.grad_checkpointing:
+                return self._new_features_checkpointed(features)
         return self._new_features(features)
 
 
@@ -350,12 +362,15 @@ class DenseBlock(PoolOwner, nn.ModuleDict):
 
     @torch.jit.ignore
     def fuse(self) -> nn.Module:
-        """Form for inference; itself if its norms are other than batch norm with ReLU, or its convolutions replaced."""
-        return FusedDenseBlock(self) if self.is_original() and is_fusable(*self.norms()) else self
+        """Form for inference; itself if a norm is no batch norm with ReLU, or a layer is changed or hooked."""
+        return FusedDenseBlock(self) if _is_untouched(self) and is_fusable(*self.norms()) else self
 
 
 class DenseTransition(PoolOwner, nn.Sequential):
-    """Norm, activation and 1x1 convolution to ``out_chs`` channels, then 2x2 average pooling."""
+    """Norm, activation and 1x1 convolution to ``out_chs`` channels, then 2x2 average pooling.
+
+    Shape: (N, in_chs, H, W) -> (N, out_chs, H // 2, W // 2).
+    """
 
     def __init__(self, in_chs: int, out_chs: int, norm_act_layer: Type[nn.Module], device=None, dtype=None) -> None:
         dd = {'device': device, 'dtype': dtype}
@@ -369,7 +384,9 @@ class DenseTransition(PoolOwner, nn.Sequential):
         if not torch.jit.is_scripting():
             if has_training_form(self, x):
                 return transition_in_training(self, x)
-        return self.pool(self.conv(self.norm(x)))
+        for layer in self:
+            x = layer(x)
+        return x
 
     @torch.jit.ignore
     def norms(self) -> List[nn.Module]:
@@ -379,16 +396,18 @@ class DenseTransition(PoolOwner, nn.Sequential):
     @torch.jit.ignore
     def is_original(self) -> bool:
         """Whether convolution and pooling are those it is made with."""
+        if type(self) is not DenseTransition or list(self._modules) != ['norm', 'conv', 'pool']:
+            return False
         pool = self.pool
         return (
-            type(self) is DenseTransition and _is_bare_conv(self.conv, 1) and type(pool) is nn.AvgPool2d
+            _is_bare_conv(self.conv, 1) and type(pool) is nn.AvgPool2d
             and (pool.kernel_size, pool.stride, pool.padding, pool.ceil_mode, pool.divisor_override)
             == (2, 2, 0, False, None))
 
     @torch.jit.ignore
     def fuse(self) -> nn.Module:
-        """Form for inference; itself if its norm is other than batch norm with ReLU, or its layers replaced."""
-        return FusedDenseTransition(self) if self.is_original() and is_fusable(*self.norms()) else self
+        """Form for inference; itself if a norm is no batch norm with ReLU, or a layer is changed or hooked."""
+        return FusedDenseTransition(self) if _is_untouched(self) and is_fusable(*self.norms()) else self
 
 
 def _create_stem(
@@ -427,7 +446,10 @@ def _join_in_training(layer: nn.Module, follower: nn.Module, x: torch.Tensor) ->
 
 
 class Features(nn.Sequential):
-    """Stem, dense blocks with the transitions between them, and the final norm."""
+    """Stem, dense blocks with the transitions between them, and the final norm.
+
+    Shape: (N, in_chans, H, W) -> (N, num_features, H', W').
+    """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not torch.jit.is_scripting():
@@ -449,7 +471,9 @@ class Features(nn.Sequential):
 
     @torch.jit.ignore
     def fuse(self) -> nn.Module:
-        """Form for inference; itself if its norms are other than batch norm with ReLU."""
+        """Form for inference; itself if its norms are other than batch norm with ReLU, or it is hooked."""
+        if has_own_hooks(self):
+            return self
         layers = OrderedDict(
             (name, layer.fuse() if hasattr(layer, 'fuse') else layer) for name, layer in self.named_children())
         if not any(isinstance(m, FusedDenseBlock) for m in layers.values()):
@@ -518,6 +542,7 @@ class Dense2Net(nn.Module):
             raise ValueError(f'block_config must name at least one layer a block, got {tuple(block_config)}')
         norm_act_layer = find_norm_act_layer(norm_layer, act_layer)
         self.num_classes = num_classes
+        self.in_chans = in_chans
 
         num_features = 2 * growth_rate
         layers, stem_feature, reduction = _create_stem(stem_type, in_chans, num_features, norm_act_layer, **dd)
@@ -559,9 +584,11 @@ class Dense2Net(nn.Module):
         self.feature_ends = [names.index(info['module'].split('.')[1]) for info in self.feature_info]
 
         self.num_features = num_features
-        self.global_pool, self.classifier = create_classifier(num_features, num_classes, pool_type=global_pool, **dd)
+        # The classifier comes last, as in timm: without the last of its children the net gives embeddings.
+        self.global_pool, classifier = create_classifier(num_features, num_classes, pool_type=global_pool, **dd)
         self.head_hidden_size = num_features * self.global_pool.feat_mult()
         self.head_drop = nn.Dropout(drop_rate)
+        self.classifier = classifier
         self.init_weights()
 
     def init_weights(self) -> None:

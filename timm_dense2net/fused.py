@@ -216,8 +216,7 @@ class FusedDenseBlock(nn.ModuleDict):
         """Whether nothing records what is done to x or to the weights, which are those of torch, not quantized ones."""
         if is_recorded(x) or _is_trained(self):
             return False
-        return all(
-            type(m) in (nn.Linear, nn.Identity) for layer in self.values() for m in (layer.conv1.linear, layer.conv3))
+        return all(_is_torchs(m) for layer in self.values() for m in (layer.conv1.linear, layer.conv3))
 
 
 class FusedDenseTransition(nn.Module):
@@ -245,6 +244,12 @@ class FusedDenseTransition(nn.Module):
     def _pool_and_mix(self, clamped: torch.Tensor) -> torch.Tensor:
         x = self.pool(clamped.permute(0, 3, 1, 2))
         return self.conv.linear(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+def _is_torchs(module: nn.Module) -> bool:
+    # Some ways to quantize replace the layer, others its weight.
+    return type(module) is nn.Identity or (
+        type(module) is nn.Linear and type(module.weight) in (nn.Parameter, torch.Tensor))
 
 
 def _is_trained(module: nn.Module) -> bool:

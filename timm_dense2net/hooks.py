@@ -6,7 +6,7 @@ import torch.nn as nn
 from torch.autograd import forward_ad
 from torch.nn.modules import module as torch_module
 
-__all__ = ['all_modules', 'has_hooks', 'is_transformed']
+__all__ = ['all_modules', 'has_hooks', 'has_own_hooks', 'is_transformed']
 
 
 def all_modules(root: nn.Module) -> Iterator[nn.Module]:
@@ -20,9 +20,14 @@ def all_modules(root: nn.Module) -> Iterator[nn.Module]:
 
 def has_hooks(root: nn.Module) -> bool:
     """Whether calling a module in root runs hooks, a compiled form or a forward of its own instead of its class's."""
-    return _has_global_hooks() or any(
-        m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
-        or m._compiled_call_impl is not None or 'forward' in m.__dict__ for m in all_modules(root))
+    return _has_global_hooks() or any(map(has_own_hooks, all_modules(root)))
+
+
+def has_own_hooks(module: nn.Module) -> bool:
+    """As ``has_hooks``, of one module without those in it, and of the hooks that are registered with it."""
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+        or module._compiled_call_impl is not None or 'forward' in module.__dict__)
 
 
 def _has_global_hooks() -> bool:

@@ -5,8 +5,10 @@ of a block take turns in the same scratch buffers. On a CPU a block runs on so f
 stay in the caches, and what follows it (transition or final norm) takes them from there; groups of images run beside
 each other.
 """
+import os
 from concurrent.futures import ThreadPoolExecutor
-from typing import Callable, Iterable, Optional, Sequence
+from threading import Barrier, Lock
+from typing import Callable, Dict, Iterable, Optional, Sequence, Tuple
 
 import torch
 import torch.nn as nn
@@ -98,16 +100,51 @@ def in_groups(module: nn.Module, run: Callable[[torch.Tensor], torch.Tensor], x:
     is_inference = torch.is_inference_mode_enabled()
 
     def run_group(group: torch.Tensor) -> torch.Tensor:
-        torch.set_num_threads(threads // groups)  # of this thread
         with torch.inference_mode(is_inference), torch.no_grad():
             return run(group)
 
+    return torch.cat(list(_workers(groups, threads).map(run_group, x.tensor_split(groups))))
+
+
+def _workers(groups: int, threads: int) -> ThreadPoolExecutor:
+    """Python threads, one a group, that share the number of torch's threads; made once, as they may be many calls'."""
+    with _workers_lock:
+        if (groups, threads) not in _all_workers:
+            _all_workers[groups, threads] = _start_workers(groups, threads)
+        return _all_workers[groups, threads]
+
+
+def _start_workers(groups: int, threads: int) -> ThreadPoolExecutor:
+    started = Barrier(groups)
+
+    def start() -> None:
+        torch.get_num_threads()  # the first time it takes the number that new threads begin with
+        torch.set_num_threads(threads // groups)  # of this thread
+        started.wait()  # so that each thread does this
+
+    pool = ThreadPoolExecutor(groups, thread_name_prefix='dense2net')
     try:
-        with ThreadPoolExecutor(groups) as pool:
-            return torch.cat(list(pool.map(run_group, x.tensor_split(groups))))
+        for future in [pool.submit(start) for _ in range(groups)]:
+            future.result()
     finally:
         # The last number set is also that of all threads to come.
         torch.set_num_threads(threads)
+    return pool
+
+
+_all_workers: Dict[Tuple[int, int], ThreadPoolExecutor] = {}
+_workers_lock = Lock()
+
+
+def _forget_workers() -> None:
+    global _workers_lock
+    _workers_lock = Lock()
+    _all_workers.clear()
+
+
+if hasattr(os, 'register_at_fork'):
+    # A process that is forked has the pools without their threads.
+    os.register_at_fork(after_in_child=_forget_workers)
 
 
 @torch.jit.ignore

@@ -301,6 +301,16 @@ class _Buffers:
         self.features = None
 
 
+def _let_go(ctx: Any, *names: str) -> None:
+    """After a backward pass, lets go of what autograd does not know of, where it does so of the saved tensors.
+
+    A loss that is kept keeps its graph, and so all that this still holds.
+    """
+    if not torch._C._autograd._get_current_graph_task_keep_graph():
+        for name in names:
+            delattr(ctx, name)
+
+
 class _AddFeatures(Function):
     """Write maps (N, C, H, W) and their statistics into the buffers, from a channel on.
 
@@ -326,9 +336,11 @@ class _AddFeatures(Function):
     def backward(ctx: Any, dfeatures: torch.Tensor, dstats: torch.Tensor):
         features, = ctx.saved_tensors
         x, dx = features[:, ctx.channels], dfeatures[:, ctx.channels]
-        dmaps = ctx.buffers.pool.empty(dx.shape, dx)
-        _add_stats_gradient(dx, x, ctx.buffers.stats[0, ctx.channels], dstats[:, ctx.channels], out=dmaps)
-        return None, None, _as_maps(dmaps.view(*ctx.buffers.size, -1)), dfeatures, dstats
+        buffers = ctx.buffers
+        dmaps = buffers.pool.empty(dx.shape, dx)
+        _add_stats_gradient(dx, x, buffers.stats[0, ctx.channels], dstats[:, ctx.channels], out=dmaps)
+        _let_go(ctx, 'buffers')
+        return None, None, _as_maps(dmaps.view(*buffers.size, -1)), dfeatures, dstats
 
 
 class _Output(Function):
@@ -337,14 +349,17 @@ class _Output(Function):
     @staticmethod
     def forward(ctx: Any, buffers: _Buffers, features: torch.Tensor, stats: torch.Tensor) -> torch.Tensor:
         ctx.buffers = buffers
+        ctx.save_for_backward(stats)
         return _as_maps(features.detach().view(*buffers.size, -1))
 
     @staticmethod
     def backward(ctx: Any, doutput: torch.Tensor):
         _check_first_order(doutput)
+        stats, = ctx.saved_tensors
         pixels = _as_pixels(doutput)
         dfeatures = ctx.buffers.pool.empty(pixels.shape, pixels).copy_(pixels)
-        return None, dfeatures, torch.zeros_like(ctx.buffers.stats)
+        _let_go(ctx, 'buffers')
+        return None, dfeatures, torch.zeros_like(stats)
 
 
 def _layer_parameters(layer: nn.Module) -> List[nn.Parameter]:
@@ -575,12 +590,14 @@ class _NewFeatures(Function):
     def backward(ctx: Any, dnew: torch.Tensor, dfeatures: torch.Tensor, dstats: torch.Tensor):
         features, *saved = ctx.saved_tensors
         kept = saved[len(ctx.needs_input_grad) - 4:]
+        run = ctx.run
         with torch.autocast(dnew.device.type, enabled=False):
             if not kept:
-                kept = ctx.run.forward_kept(features)
-            gradients = ctx.run.backward(features, kept, dnew, dfeatures, dstats)
-        if ctx.run.in_chs == ctx.run.buffers.in_chs:
-            ctx.run.buffers.free_scratch()
+                kept = run.forward_kept(features)
+            gradients = run.backward(features, kept, dnew, dfeatures, dstats)
+        if run.in_chs == run.buffers.in_chs:
+            run.buffers.free_scratch()
+        _let_go(ctx, 'run')
         return None, None, dfeatures, dstats, *gradients
 
 
@@ -653,6 +670,7 @@ class _Transition(Function):
                 daffine += norm.parameter_gradients(dy, y, x[images], out=dy)
                 torch.mul(dy, norm.scale.to(x.dtype), out=dx[images])
         dstats = norm.stats_gradient(*daffine)
+        _let_go(ctx, 'norm', 'pool')
         return None, None, None, dx.view(features.shape), dstats, *daffine, dconv[..., None, None]
 
 
