@@ -69,7 +69,7 @@ def test_own_recipe_file(tmp_path):
 
 
 @pytest.mark.parametrize('text, words', [
-    ('lrr: 1', ["unknown key 'lrr'", "'lr'"]),
+    ('lrr: 1', ["unknown key 'lrr'", 'did you mean lr?']),
     ('lr: fast', ['lr must be a number', "'fast'"]),
     ('epochs: 1.5', ['epochs must be a whole number', '1.5']),
     ('epochs: true', ['epochs must be a whole number', 'True']),
