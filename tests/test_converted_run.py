@@ -16,7 +16,7 @@ from timm_dense2net import evaluate, export, predict, publish, report
 from timm_dense2net.checkpoint import load_weights, save_weights
 from timm_dense2net.convert import METADATA_KEY, convert_res2net
 from timm_dense2net.counts import count_macs, count_params
-from timm_dense2net.packaged import package_run
+from timm_dense2net.package import package_run
 from timm_dense2net.trained import load_trained
 
 SCALE = 2
