@@ -68,7 +68,7 @@ def model_card(
     """
     name = repo_id.partition('/')[2]
     licence = get_pretrained_cfg(first_model(trained)).license or 'apache-2.0'
-    dataset_name = _HUB_DATASETS.get(result.dataset, (result.dataset, result.dataset))[1]
+    dataset_name = _dataset_names(result)[1]
     start, left_out = _start(args)
     # Batch size and batch statistics are those of a process.
     command = 'python' if processes == 1 else f'torchrun --nproc-per-node {processes}'
@@ -134,8 +134,13 @@ Code and weights: {licence}. The training data has terms of its own.
 '''
 
 
+def _dataset_names(result: RunResult) -> tuple[str, str]:
+    """Id on the Hub and name of the data set, of one that is not known here its own for both."""
+    return _HUB_DATASETS.get(result.dataset, (result.dataset, result.dataset))
+
+
 def _front_matter(name: str, licence: str, result: RunResult) -> ModelCardData:
-    dataset_id, dataset_name = _HUB_DATASETS.get(result.dataset, (result.dataset, result.dataset))
+    dataset_id, dataset_name = _dataset_names(result)
     shared = dict(
         task_type='image-classification', dataset_type=dataset_id, dataset_name=dataset_name, dataset_split='test')
     return ModelCardData(

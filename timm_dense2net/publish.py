@@ -35,6 +35,7 @@ _RUN_FILES = (
 # Arguments that are not given away; `recipe` would make a run's arguments of the recipe.
 _OWN_ARGS = HOST_ARGS | {'recipe'}
 
+
 class PublishError(RuntimeError):
     """A run cannot be published; the message says why."""
 
