@@ -17,7 +17,7 @@ def run_error(capsys, *argv):
 
 
 def test_packaged_recipes():
-    cpu = ('short', 'short_ft', 'short_ft2', 'short_ft3', 'short_ft4', 'small', 'small_ft', 'quick', 'nano')
+    cpu = ('short', 'short_ft', 'short_ft2', 'short_ft3', 'short_ft4', 'short_ft5', 'small', 'small_ft', 'quick', 'nano')
     assert set(list_recipes()) == {*DECK, 'strong', *cpu}
 
 
