@@ -309,6 +309,12 @@ class Row(NamedTuple):
         epochs = [run.epochs_trained or run.epochs for run in self.runs]
         return f'{min(epochs)}' if min(epochs) == max(epochs) else f'{min(epochs)}-{max(epochs)}'
 
+    @property
+    def minutes(self) -> str:
+        """Mean time of the runs, with validation after each epoch and without the final test."""
+        mean = statistics.fmean(self.values('wall_time')) / 60
+        return '' if math.isnan(mean) else f'{mean:.0f}'
+
     def values(self, name: str) -> tuple[float, ...]:
         """A figure of all runs."""
         return tuple(getattr(run, name) for run in self.runs)
@@ -338,7 +344,7 @@ def _mean_spread(values: Sequence[float]) -> str:
 def markdown_table(rows: Sequence[Row]) -> str:
     """The rows as a Markdown table; accuracies as mean ± standard deviation over seeds."""
     header = (
-        'Recipe', 'Model', 'Params (M)', 'MACs (M)', 'Epochs', 'EMA', 'Seeds', 'Top-1 (%)', 'Top-5 (%)',
+        'Recipe', 'Model', 'Params (M)', 'MACs (M)', 'Epochs', 'Minutes', 'EMA', 'Seeds', 'Top-1 (%)', 'Top-5 (%)',
         'Best top-1 (%)', 'Deck (%)', 'Top-1 - deck')
     lines = [header, ['---', '---', *['--:'] * (len(header) - 2)]]
     for row in rows:
@@ -349,6 +355,7 @@ def markdown_table(rows: Sequence[Row]) -> str:
             f'{run.params / 1e6:.2f}' if run.params else '',
             f'{run.macs / 1e6:.0f}' if run.macs else '',
             row.epochs,
+            row.minutes,
             'yes' if run.ema else 'no',
             str(len(row.runs)),
             _mean_spread(row.values('top1')),
