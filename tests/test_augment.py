@@ -390,7 +390,7 @@ def test_progressive_sizes():
     assert [resize.size(epoch, (32, 32)) for epoch in range(6)] == [(side, side) for side in (16, 20, 24, 28, 32, 32)]
     # The shorter side is what is given; the other goes with it.
     assert [resize.size(epoch, (25, 50)) for epoch in range(5)] == [(16, 32), (20, 36), (20, 40), (24, 44), (25, 50)]
-    assert ProgressiveResize(1, 1).size(0, (7, 7)) == (4, 4)
+    assert ProgressiveResize(4, 1).size(0, (7, 7)) == (4, 4)
 
 
 @pytest.mark.parametrize('channels, height, width', [(3, 32, 32), (1, 28, 44)])
@@ -405,7 +405,11 @@ def test_smaller_images_are_pillows(channels, height, width):
     assert torch.equal(resize(images, 3), images)
 
 
-@pytest.mark.parametrize('kwargs', [dict(initial_size=0, full_size_epoch=3), dict(initial_size=8, full_size_epoch=0)])
-def test_bad_progressive_sizes_are_named(kwargs):
-    with pytest.raises(ValueError, match='must be at least 1, got 0'):
-        ProgressiveResize(**kwargs)
+@pytest.mark.parametrize('initial_size, full_size_epoch, message', [
+    (0, 3, 'initial_size must be at least 1, got 0'),
+    (8, 0, 'full_size_epoch must be at least 1, got 0'),
+    (18, 3, 'initial_size must be a multiple of 4, got 18'),
+])
+def test_bad_progressive_sizes_are_named(initial_size, full_size_epoch, message):
+    with pytest.raises(ValueError, match=message):
+        ProgressiveResize(initial_size, full_size_epoch)

@@ -260,6 +260,24 @@ def test_weights_of_another_run_are_said_to_be_missing(run, option):
     assert wanted in card and 'from weights of another run' in card and 'somewhere' not in card
 
 
+@pytest.mark.parametrize('dataset, told, option', [
+    ('hfds/somebody/cifar100', 'hfds/uoft-cs/cifar100', '--data-dir'),
+    ('hfds/them/birds', 'hfds/them/birds', '--data-dir'),
+    ('hfds/somebody/birds', 'birds', '--dataset'),
+    ('/home/somebody/birds', 'birds', '--dataset'),
+    ('digits', 'digits', '--data-dir'),
+])
+def test_data_in_a_folder_is_told_without_its_place(run, monkeypatch, dataset, told, option):
+    monkeypatch.chdir(run.parent)
+    for name in ('cifar100', 'birds'):
+        Path('somebody', name).mkdir(parents=True)
+    args = yaml.safe_load((run / 'args.yaml').read_text())
+    (run / 'args.yaml').write_text(yaml.safe_dump(args | dict(dataset=dataset)))
+    folder = write_hub_folder(run, REPO, run / 'hub')
+    assert load_recipe(str(folder / 'recipe.yaml'))['dataset'] == told
+    assert f'again; `{option}` says where the data is)' in (folder / 'README.md').read_text()
+
+
 def test_what_the_run_began_with_is_published(run):
     weights, metadata = load_weights(run / 'last.safetensors')
     first = 'vit_base_patch16_224.mae'  # as far as publishing goes

@@ -17,7 +17,7 @@ def run_error(capsys, *argv):
 
 
 def test_packaged_recipes():
-    cpu = ('short', 'short_ft', 'short_ft2', 'short_ft3', 'short_ft4', 'short_ft5', 'small', 'small_ft', 'quick', 'nano')
+    cpu = ('short', 'short_ft', *(f'short_ft{i}' for i in range(2, 6)), 'small', 'small_ft', 'quick', 'nano')
     assert set(list_recipes()) == {*DECK, 'strong', *cpu}
 
 
@@ -114,6 +114,7 @@ def test_unknown_recipe_lists_those_there_are(capsys):
     (['--opt', 'sdg'], ['sdg', 'sgd']),
     (['--torchcompile', 'inductr'], ['inductr', 'inductor']),
     (['--mean', '0.5', '--std', '0'], ['--std', '0']),
+    (['--initial-img-size', '18', '--full-size-epoch', '2'], ['--initial-img-size must be a multiple of 4', 'got 18']),
     (['--initial-img-size', '16'], ['--initial-img-size', '--full-size-epoch', 'both']),
 ])
 def test_what_cannot_be_is_said_at_the_start(tmp_path, monkeypatch, capsys, argv, words):

@@ -341,11 +341,11 @@ class ProgressiveResize:
     EfficientNetV2 (https://arxiv.org/abs/2104.00298).
 
     Args:
-        initial_size: Shorter side in the first epoch, in pixels.
+        initial_size: Shorter side in the first epoch, in pixels, a multiple of 4.
         full_size_epoch: First epoch at full size.
 
     Raises:
-        ValueError: A value is less than 1.
+        ValueError: A value is less than 1, or ``initial_size`` no multiple of 4.
     """
     initial_size: int
     full_size_epoch: int
@@ -354,6 +354,8 @@ class ProgressiveResize:
         for name in ('initial_size', 'full_size_epoch'):
             if getattr(self, name) < 1:
                 raise ValueError(f'{name} must be at least 1, got {getattr(self, name)}.')
+        if self.initial_size % 4:
+            raise ValueError(f'initial_size must be a multiple of 4, got {self.initial_size}.')
 
     def size(self, epoch: int, full: tuple[int, int]) -> tuple[int, int]:
         """Height and width in an epoch, counted from 0, of images whose full size is given."""
@@ -361,7 +363,7 @@ class ProgressiveResize:
             return full
         shorter = min(full)
         side = self.initial_size + (shorter - self.initial_size) * epoch / self.full_size_epoch
-        return tuple(min(length, max(4, 4 * round(side * length / shorter / 4))) for length in full)
+        return tuple(min(length, 4 * round(side * length / shorter / 4)) for length in full)
 
     def __call__(self, images: torch.Tensor, epoch: int) -> torch.Tensor:
         """The float batch, B x C x H x W, in the size of an epoch."""

@@ -8,6 +8,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCardData
 from timm.models import get_pretrained_cfg
 
+from .options import is_data_set_id
 from .report import RunResult
 from .trained import TrainedModel
 
@@ -53,6 +54,7 @@ def model_card(
         result: RunResult,
         trained: TrainedModel,
         args: Mapping[str, Any],
+        dataset: str,
         processes: int,
         files: Collection[str],
 ) -> str:
@@ -63,6 +65,7 @@ def model_card(
         result: What the run came to.
         trained: The model as it was loaded from the run's weights.
         args: The run's arguments.
+        dataset: Name of the data set in its recipe.
         processes: Number of processes that trained it together.
         files: Names of the repository's other files.
     """
@@ -70,6 +73,8 @@ def model_card(
     licence = get_pretrained_cfg(first_model(trained)).license or 'apache-2.0'
     dataset_name = _dataset_names(result)[1]
     start, left_out = _start(args)
+    # What is no public data set lies in a folder, whose name alone is told.
+    place = '--data-dir' if is_data_set_id(dataset) or dataset == 'digits' else '--dataset'
     # Batch size and batch statistics are those of a process.
     command = 'python' if processes == 1 else f'torchrun --nproc-per-node {processes}'
     epoch = 'the epoch that was best on held-out images' if result.hold_out else 'the last epoch'
@@ -121,7 +126,7 @@ for probability, index in zip(*probabilities.topk(min(5, model.num_classes))):
 ## Training
 
 All arguments are in `recipe.yaml` (in a checkout of timm_dense2net `{command} train_cifar.py --recipe recipe.yaml`
-trains it again; `--data-dir` says where the data is{left_out}), the figures of each epoch in `summary.csv`.
+trains it again; `{place}` says where the data is{left_out}), the figures of each epoch in `summary.csv`.
 {_pictures(files)}
 ## Licence
 

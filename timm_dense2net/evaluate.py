@@ -224,7 +224,7 @@ def _build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         '--checkpoint', metavar='PATH', help='run folder or safetensors file (with --model where it does not say)')
     parser.add_argument('--dataset', required=True, metavar='SPEC', help="timm data set, image folder or 'digits'")
-    parser.add_argument('--data-dir', metavar='DIR', help='root folder of the data set')
+    parser.add_argument('--data-dir', metavar='DIR', help='folder of a torch/ data set, cache of an hfds/ one')
     parser.add_argument('--input-key', metavar='NAME', help='image column of a Hugging Face data set')
     parser.add_argument('--target-key', metavar='NAME', help='label column of a Hugging Face data set')
     parser.add_argument('--img-size', type=int, metavar='N', help="side to resize the images to (the model's)")

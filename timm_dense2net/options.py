@@ -26,8 +26,8 @@ from .checkpoint import CHECKPOINT_FILE, PREVIOUS_FILE
 from .names import did_you_mean
 
 __all__ = [
-    'augment_config', 'build_parser', 'parse_args', 'check_args', 'list_recipes', 'load_recipe', 'saved_args',
-    'public_args', 'public_model_kwargs', 'recipe_name', 'ARGS_FILE', 'HOST_ARGS', 'PLACES', 'SCHEDULES']
+    'augment_config', 'build_parser', 'parse_args', 'check_args', 'is_data_set_id', 'list_recipes', 'load_recipe',
+    'saved_args', 'public_args', 'public_model_kwargs', 'recipe_name', 'ARGS_FILE', 'HOST_ARGS', 'PLACES', 'SCHEDULES']
 
 ARGS_FILE = 'args.yaml'
 _OUTPUT = './output'
@@ -59,11 +59,12 @@ _RANGES = (
     *((name, f'at least {least}', lambda value, least=least: value >= least) for name, least in (
         ('res2net_scale', 2), ('epochs', 1), ('batch_size', 1), ('validation_batch_size', 1), ('grad_accum_steps', 1),
         ('log_interval', 1), ('checkpoint_interval', 0), ('hold_out', 0), ('early_stop_patience', 0), ('img_size', 1),
-        ('initial_img_size', 1), ('full_size_epoch', 1), ('workers', 0), ('freeze_stages', 0), ('patience_epochs', 0),
+        ('full_size_epoch', 1), ('workers', 0), ('freeze_stages', 0), ('patience_epochs', 0),
         ('cooldown_epochs', 0), ('warmup_epochs', 0), ('num_classes', 1), ('lr', 0), ('warmup_lr', 0), ('min_lr', 0),
         ('weight_decay', 0), ('seed', 0))),
     *((name, 'above 0', lambda value: value > 0) for name in ('clip_grad', 'decay_rate', 'decay_epochs')),
     *((name, 'in [0, 1)', lambda value: 0 <= value < 1) for name in ('smoothing', 'momentum', 'model_ema_decay')),
+    ('initial_img_size', 'a multiple of 4 above 0', lambda value: value > 0 and value % 4 == 0),
     ('layer_decay', 'in (0, 1]', lambda value: 0 < value <= 1),
     ('std', 'above 0', lambda value: all(deviation > 0 for deviation in value)),
 )
@@ -122,7 +123,7 @@ def _add_run_args(group: argparse._ArgumentGroup) -> None:
 def _add_data_args(group: argparse._ArgumentGroup) -> None:
     group.add_argument('-d', '--dataset', default='torch/cifar100', metavar='NAME', help=(
         "timm data set spec, or 'digits' (%(default)s)"))
-    group.add_argument('--data-dir', metavar='DIR', help='root folder of the data set')
+    group.add_argument('--data-dir', metavar='DIR', help='folder of a torch/ data set, cache of an hfds/ one')
     group.add_argument('--dataset-download', action=_FLAG, default=False, help='download where supported')
     group.add_argument('--input-key', metavar='NAME', help='image column of a Hugging Face data set')
     group.add_argument('--target-key', metavar='NAME', help='label column of a Hugging Face data set')
@@ -134,7 +135,8 @@ def _add_data_args(group: argparse._ArgumentGroup) -> None:
         'processes that decode images of data that does not fit in memory (%(default)s)'))
     group.add_argument('--img-size', type=int, metavar='N', help="side of the images (the data set's own)")
     group.add_argument('--initial-img-size', type=int, metavar='N', help=(
-        "progressive resizing: shorter side of the first epoch's training images; it grows up to --full-size-epoch"))
+        "progressive resizing: shorter side of the first epoch's training images, a multiple of 4; it grows up to "
+        '--full-size-epoch'))
     group.add_argument('--full-size-epoch', type=int, metavar='N', help=(
         'first epoch at full size, counted from 0; a run of N epochs or fewer ends before it'))
     group.add_argument('--mean', type=float, nargs='+', metavar='MEAN', help='override the mean, pixels in 0..1')
@@ -168,7 +170,8 @@ def _add_optimization_args(group: argparse._ArgumentGroup) -> None:
         '--opt', default='momentum', metavar='OPTIMIZER', help="timm's name; 'momentum' is plain SGD, 'sgd' Nesterov's")
     group.add_argument('--lr', type=float, default=0.1, metavar='LR')
     group.add_argument('--momentum', type=float, default=0.9, metavar='M')
-    group.add_argument('--weight-decay', type=float, default=1e-4, metavar='WD', help='on all parameters (%(default)s)')
+    group.add_argument(
+        '--weight-decay', type=float, default=1e-4, metavar='WD', help='on biases and norms too (%(default)s)')
     group.add_argument('--clip-grad', type=float, metavar='NORM')
     group.add_argument('--clip-mode', default='norm', choices=('norm', 'value', 'agc'))
     group.add_argument('--layer-decay', type=float, metavar='D', help='layer-wise learning-rate decay')
@@ -410,13 +413,14 @@ def public_args(args: Mapping[str, Any], model: str) -> dict[str, Any]:
     public = {key: value for key, value in args.items() if key not in PLACES}
     return public | dict(
         model=model, model_kwargs=public_model_kwargs(args['model_kwargs']),
-        dataset=args['dataset'] if _is_data_set_id(args['dataset']) else Path(args['dataset']).name,
+        dataset=args['dataset'] if is_data_set_id(args['dataset']) else Path(args['dataset']).name,
         recipe=recipe_name(args['recipe']))
 
 
-def _is_data_set_id(dataset: str) -> bool:
+def is_data_set_id(dataset: str) -> bool:
     """Whether a data set's name is that of a public one: not a path, nor hfds/ and a path."""
-    return dataset.startswith('torch/') or re.fullmatch(r'hfds/[\w.-]+/[\w.-]+', dataset) is not None
+    is_hub_id = re.fullmatch(r'hfds/[\w.-]+/[\w.-]+', dataset) and not Path(dataset.removeprefix('hfds/')).is_dir()
+    return dataset.startswith('torch/') or bool(is_hub_id)
 
 
 def recipe_name(recipe: str | None) -> str | None:

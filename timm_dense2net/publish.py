@@ -98,7 +98,7 @@ def _fill(folder: Path, run: Path, repo_id: str, result: RunResult, trained: Tra
     (folder / 'recipe.yaml').write_text(yaml.safe_dump(recipe), encoding='utf-8')
     processes = json.loads((run / 'result.json').read_text(encoding='utf-8')).get('world_size') or 1
     files = {path.name for path in folder.iterdir()}
-    card = model_card(repo_id, result, trained, args, processes, files)
+    card = model_card(repo_id, result, trained, args, recipe['dataset'], processes, files)
     (folder / 'README.md').write_text(card, encoding='utf-8')
 
 

@@ -429,7 +429,7 @@ def readme_block(results: Sequence[RunResult], results_path: str) -> str:
         f'{markdown_table(summarise(results))}\n'
         'Mean ± standard deviation over seeds, on the test split. Top-1 and top-5 are those of the last epoch, the '
         'best epoch is beside them; where it is not, of the epoch that was best on held-out training images.'
-        + (f' Trained on {"; ".join(hardware)}.' if hardware else '')
+        + (f' Trained by (processes x device): {"; ".join(hardware)}.' if hardware else '')
         + f' Written from `{results_path}` by `python -m timm_dense2net report --results {results_path} '
         '--readme README.md`.\n')
 
