@@ -2,6 +2,7 @@
 import functools
 import hashlib
 import http.server
+import json
 import os
 import pickle
 import shutil
@@ -153,6 +154,13 @@ def test_image_that_cannot_be_decoded_is_named(tmp_path, content):
     assert '\n' not in str(error.value)
 
 
+def test_image_of_too_many_pixels_is_named(tmp_path, monkeypatch):
+    root = write_folder(tmp_path, size=(64, 64))
+    monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', 1000)
+    with pytest.raises(ValueError, match=r'image 0 \(.*png\) cannot be decoded: Image size \(4096 pixels\)'):
+        load_arrays(root, 'train')
+
+
 def test_wrong_classes_are_named(tmp_path):
     root = write_folder(tmp_path, classes=('cat', 'dog', 'eel'), splits=('train',))
     write_folder(tmp_path, classes=('cat', 'fox'), splits=('val',))
@@ -275,6 +283,14 @@ def test_parquet_columns_by_name(tmp_path):
         load_arrays(f'hfds/{tmp_path}/set', 'train', target_key='coarse_label', **kwargs)
     with pytest.raises(ValueError, match="column 'fine_label' holds no images"):
         load_arrays(f'hfds/{tmp_path}/set', 'train', input_key='fine_label', **kwargs)
+
+
+def test_parquet_folder_of_fewer_images_than_its_card_says(tmp_path):
+    write_parquet(tmp_path / 'set')
+    splits = [dict(name='train', num_examples=24), dict(name='test', num_examples=12)]
+    (tmp_path / 'set' / 'README.md').write_text(f'---\ndataset_info: {json.dumps(dict(splits=splits))}\n---\n')
+    with pytest.raises(ValueError, match='set: NonMatchingSplitsSizesError: .*24'):
+        load_arrays(f'hfds/{tmp_path}/set', 'train', data_dir=str(tmp_path / 'cache'))
 
 
 def test_labels_that_are_no_indices_are_named(tmp_path):

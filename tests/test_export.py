@@ -126,7 +126,7 @@ def test_torch_export(weights, fuse, tmp_path):
         cases = [(images, model(images)) for images in map(torch.randn, SHAPES)]
     torch.save(cases, tmp_path / 'cases.pt')
     result = subprocess.run(
-        [sys.executable, '-P', '-c', ALONE, str(path), str(tmp_path / 'cases.pt')],
+        [sys.executable, '-c', ALONE, str(path), str(tmp_path / 'cases.pt')],
         capture_output=True, text=True, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     check_metadata(json.loads(result.stdout), fuse)

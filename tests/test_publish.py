@@ -278,6 +278,15 @@ def test_data_in_a_folder_is_told_without_its_place(run, monkeypatch, dataset, t
     assert f'again; `{option}` says where the data is)' in (folder / 'README.md').read_text()
 
 
+def test_data_are_named_as_training_found_them(run):
+    weights, metadata = load_weights(run / 'last.safetensors')
+    save_weights(run / 'last.safetensors', weights, metadata | dict(dataset='birds'))  # a folder that is gone by now
+    args = yaml.safe_load((run / 'args.yaml').read_text())
+    (run / 'args.yaml').write_text(yaml.safe_dump(args | dict(dataset='hfds/somebody/birds')))
+    folder = write_hub_folder(run, REPO, run / 'hub')
+    assert load_recipe(str(folder / 'recipe.yaml'))['dataset'] == 'birds'
+
+
 def test_what_the_run_began_with_is_published(run):
     weights, metadata = load_weights(run / 'last.safetensors')
     first = 'vit_base_patch16_224.mae'  # as far as publishing goes

@@ -107,6 +107,7 @@ def test_unknown_recipe_lists_those_there_are(capsys):
     (['--sync-bn'], ['--sync-bn', 'torchrun']),
     (['--resume', 'auto'], ['--resume auto', '--experiment']),
     (['--resume', '.'], ['--resume .: no run is there', 'args.yaml is missing']),
+    (['--model', 'resnet18', '--drop-path', '1.5'], ['--drop-path must be in [0, 1)', 'got 1.5']),
     (['--smoothing', '1'], ['--smoothing', '1.0']),
     (['--batch-size', '0'], ['--batch-size must be at least 1, got 0']),
     (['--lr', '-1'], ['--lr must be at least 0, got -1']),

@@ -198,6 +198,8 @@ def test_reports_and_recipe(tmp_path):
      '--opt is searched: leave it out, or give --opts'),
     (['--study', 's', '--recipe', 'nano', '--hold-out', '9', '--model-kwargs', 'bn_size=2', 'scale=4'],
      'scale is searched'),
+    (['--study', 's', '--recipe', 'nano', '--hold-out', '9', '--model-kwargs', 'bn_size=4.5'],
+     'bn_size must be a whole number of at least 1, got 4.5'),
     (['--study', 's', '--recipe', 'nano', '--hold-out', '9', '--trials', '-1'], '--trials must be at least 0'),
     (['--study', 's', '--recipe', 'nano', '--hold-out', '9', '--storage', 'nosql://me:secret@host/db'],
      'nosql://...@host/db'),

@@ -15,6 +15,7 @@ from PIL import Image
 from timm.data import create_dataset
 from torch.utils.data import Dataset
 
+from .errors import one_line
 from .images import ImageArrays, ImageReader, Images, dataset_stats
 
 __all__ = ['check_images', 'check_same_classes', 'fits_in_memory', 'load_arrays', 'load_images', 'open_dataset']
@@ -180,6 +181,8 @@ def _open_hfds(
     except (datasets.exceptions.DatasetGenerationError, pyarrow.ArrowInvalid) as error:
         reason = _damaged_parquet(name) or str(error.__cause__ or error)
         raise ValueError(f'{dataset}: damaged: {" ".join(reason.split())}') from error
+    except (datasets.exceptions.DatasetsError, RuntimeError) as error:  # other splits than its card says; a script
+        raise ValueError(f'{dataset}: {type(error).__name__}: {one_line(error)}') from error
 
 
 def _optional_package(package: str, dataset: str) -> ModuleType:

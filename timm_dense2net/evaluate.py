@@ -252,6 +252,8 @@ def main(argv: list[str] | None = None) -> int:
         value = getattr(args, name)
         if value is not None and value < 1:
             parser.error(f'--{name.replace("_", "-")} must be at least 1, got {value}')
+    if args.output and not Path(args.output).parent.is_dir():
+        parser.error(f'--output {args.output}: there is no folder {Path(args.output).parent}')
     try:
         device = find_device(args.device)
         trained = load_trained(args.model, args.checkpoint)

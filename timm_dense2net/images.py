@@ -131,7 +131,7 @@ class ImageReader(Dataset):
             stream = self.source.reader[index][0]
             with stream, Image.open(stream) as image:
                 return image.convert('RGB')
-        except (OSError, SyntaxError, ValueError) as error:
+        except Exception as error:  # of all kinds where a header is damaged, or an image too large
             reason = 'not an image' if isinstance(error, UnidentifiedImageError) else error
             file = self.source.filename(index, absolute=True)
             raise ValueError(f'{self.name}: image {index} ({file}) cannot be decoded: {reason}.') from error

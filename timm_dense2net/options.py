@@ -63,7 +63,8 @@ _RANGES = (
         ('cooldown_epochs', 0), ('warmup_epochs', 0), ('num_classes', 1), ('lr', 0), ('warmup_lr', 0), ('min_lr', 0),
         ('weight_decay', 0), ('seed', 0))),
     *((name, 'above 0', lambda value: value > 0) for name in ('clip_grad', 'decay_rate', 'decay_epochs')),
-    *((name, 'in [0, 1)', lambda value: 0 <= value < 1) for name in ('smoothing', 'momentum', 'model_ema_decay')),
+    *((name, 'in [0, 1)', lambda value: 0 <= value < 1) for name in (
+        'smoothing', 'momentum', 'model_ema_decay', 'drop', 'drop_path')),
     ('initial_img_size', 'a multiple of 4 above 0', lambda value: value > 0 and value % 4 == 0),
     ('layer_decay', 'in (0, 1]', lambda value: 0 < value <= 1),
     ('std', 'above 0', lambda value: all(deviation > 0 for deviation in value)),

@@ -94,7 +94,8 @@ def _fill(folder: Path, run: Path, repo_id: str, result: RunResult, trained: Tra
     args = yaml.safe_load((run / ARGS_FILE).read_text(encoding='utf-8'))
     public = public_args(args, first_model(trained))
     recipe = {name: value for name, value in public.items() if name not in _OWN_ARGS}
-    recipe['dataset'] = hub_dataset(public['dataset'])
+    # As training found it: where the run is published, a folder of that name may be missing.
+    recipe['dataset'] = hub_dataset(trained.metadata.get('dataset', public['dataset']))
     (folder / 'recipe.yaml').write_text(yaml.safe_dump(recipe), encoding='utf-8')
     processes = json.loads((run / 'result.json').read_text(encoding='utf-8')).get('world_size') or 1
     files = {path.name for path in folder.iterdir()}

@@ -70,7 +70,7 @@ class SearchSpace:
         bn_size: Width of a layer's bottleneck in multiples of the growth rate.
 
     Raises:
-        ValueError: If a growth rate and a scale can have none of the cardinalities.
+        ValueError: If a growth rate and a scale can have none of the cardinalities, or ``bn_size`` is no whole number.
     """
 
     def __init__(
@@ -84,6 +84,8 @@ class SearchSpace:
     ):
         self.scales, self.cardinalities, self.growth_rates = tuple(scales), tuple(cardinalities), tuple(growth_rates)
         self.opts, self.scheds = tuple(opts), tuple(scheds)
+        if not isinstance(bn_size, int) or bn_size < 1:
+            raise ValueError(f'bn_size must be a whole number of at least 1, got {bn_size!r}')
         self.bn_size = bn_size
         for growth_rate in self.growth_rates:
             for scale in self.scales:

@@ -11,6 +11,7 @@ import logging
 import math
 import signal
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +30,7 @@ from .engine import TrainLoss, TrainStep, autocast_factory, evaluate
 from .errors import one_line
 from .loader import BatchLoader
 from .rng import rng_state, set_rng_state
-from .training_form import set_training_form
+from .training_form import plain_form
 
 if TYPE_CHECKING:
     from .runs import RunFolder
@@ -135,8 +136,6 @@ class Trainer:
         self.step = TrainStep(
             self._compile(self._distribute(model)), TrainLoss(args.smoothing), self.optimizer, self.autocast,
             self.scaler, args.clip_grad, args.clip_mode)
-        if self.step.create_graph:
-            set_training_form(False)
 
     def _build_scheduler(self) -> tuple[Any, int]:
         """A scheduler and the number of epochs it makes."""
@@ -200,7 +199,8 @@ class Trainer:
         """
         self.folder = folder
         try:
-            with self.stop:
+            # The training form has no second derivatives.
+            with self.stop, plain_form() if self.step.create_graph else nullcontext():
                 self._fit()
         except OSError as e:
             raise TrainingError(

@@ -25,6 +25,7 @@ two follow once, when these sums are complete: in the backward pass of what made
 """
 import math
 import os
+from contextlib import contextmanager
 from typing import Any, Iterator, List, NamedTuple, Optional, Sequence, Tuple, Union
 
 import torch
@@ -38,7 +39,8 @@ from .hooks import has_hooks, is_transformed
 from .memory_pool import MemoryPool, pool_of
 
 __all__ = [
-    'block_has_training_form', 'block_in_training', 'has_training_form', 'set_training_form', 'transition_in_training']
+    'block_has_training_form', 'block_in_training', 'has_training_form', 'plain_form', 'set_training_form',
+    'transition_in_training']
 
 # Bytes of one intermediate result that each thread of a CPU works on at a time.
 CACHE_BYTES = 2 << 20
@@ -62,6 +64,17 @@ def set_training_form(enable: bool = True) -> None:
     """
     global _enabled
     _enabled = enable
+
+
+@contextmanager
+def plain_form() -> Iterator[None]:
+    """Lets nets train in the plain form for as long as it lasts."""
+    before = _enabled
+    set_training_form(False)
+    try:
+        yield
+    finally:
+        set_training_form(before)
 
 
 @torch.jit.ignore
