@@ -11,7 +11,7 @@ from .files import sha256_of
 __all__ = ['BEST_PACKAGED', 'packaged_file', 'check_pretrained', 'check_packaged', 'read_sums']
 
 # Used where no weights are named: those of the highest top-1.
-BEST_PACKAGED = 'dense2net121_s8.short_ft4_c100'
+BEST_PACKAGED = 'dense2net121_s8.short_ft5_c100'
 
 WEIGHTS_DIR = Path(__file__).parent / 'weights'
 SUMS_FILE = WEIGHTS_DIR / 'SHA256SUMS'
