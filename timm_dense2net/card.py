@@ -8,7 +8,6 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCardData
 from timm.models import get_pretrained_cfg
 
-from .options import is_data_set_id
 from .report import RunResult
 from .trained import TrainedModel
 
@@ -73,8 +72,8 @@ def model_card(
     licence = get_pretrained_cfg(first_model(trained)).license or 'apache-2.0'
     dataset_name = _dataset_names(result)[1]
     start, left_out = _start(args)
-    # What is no public data set lies in a folder, whose name alone is told.
-    place = '--data-dir' if is_data_set_id(dataset) or dataset == 'digits' else '--dataset'
+    # Of data in a folder the name alone is told, of all others timm's name, which has a kind before a slash.
+    place = '--data-dir' if '/' in dataset or dataset == 'digits' else '--dataset'
     # Batch size and batch statistics are those of a process.
     command = 'python' if processes == 1 else f'torchrun --nproc-per-node {processes}'
     epoch = 'the epoch that was best on held-out images' if result.hold_out else 'the last epoch'

@@ -26,8 +26,8 @@ from .checkpoint import CHECKPOINT_FILE, PREVIOUS_FILE
 from .names import did_you_mean
 
 __all__ = [
-    'augment_config', 'build_parser', 'parse_args', 'check_args', 'is_data_set_id', 'list_recipes', 'load_recipe',
-    'saved_args', 'public_args', 'public_model_kwargs', 'recipe_name', 'ARGS_FILE', 'HOST_ARGS', 'PLACES', 'SCHEDULES']
+    'augment_config', 'build_parser', 'parse_args', 'check_args', 'list_recipes', 'load_recipe', 'saved_args',
+    'public_args', 'public_model_kwargs', 'recipe_name', 'ARGS_FILE', 'HOST_ARGS', 'PLACES', 'SCHEDULES']
 
 ARGS_FILE = 'args.yaml'
 _OUTPUT = './output'
@@ -414,11 +414,11 @@ def public_args(args: Mapping[str, Any], model: str) -> dict[str, Any]:
     public = {key: value for key, value in args.items() if key not in PLACES}
     return public | dict(
         model=model, model_kwargs=public_model_kwargs(args['model_kwargs']),
-        dataset=args['dataset'] if is_data_set_id(args['dataset']) else Path(args['dataset']).name,
+        dataset=args['dataset'] if _is_data_set_id(args['dataset']) else Path(args['dataset']).name,
         recipe=recipe_name(args['recipe']))
 
 
-def is_data_set_id(dataset: str) -> bool:
+def _is_data_set_id(dataset: str) -> bool:
     """Whether a data set's name is that of a public one: not a path, nor hfds/ and a path."""
     is_hub_id = re.fullmatch(r'hfds/[\w.-]+/[\w.-]+', dataset) and not Path(dataset.removeprefix('hfds/')).is_dir()
     return dataset.startswith('torch/') or bool(is_hub_id)
