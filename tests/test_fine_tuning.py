@@ -278,6 +278,17 @@ def test_goes_on_without_the_weights_it_started_from(tmp_path, tiny):
     assert 'somebody' not in (tmp_path / 'resumed' / 'result.json').read_text()
 
 
+def test_packaged_weights_start_a_model_with_attention(tmp_path):
+    """By name; learning nothing, all but the attention stays as it was, and that is as the seed has it."""
+    argv = digits(tmp_path, 'run', '--pretrained-path', f'{MODEL}.small_c100', '--lr', '0', '--model', MODEL)
+    assert finish(start([*argv, '--model-kwargs', 'attn_layer=se'], tmp_path / 'log')) == 0
+    trained, weights = load_weights(tmp_path / 'run' / 'last.safetensors')[0], load_weights(PACKAGED)[0]
+    unlike = [name for name in trained if name not in weights or not torch.equal(trained[name], weights[name].float())]
+    learned = [name for name in unlike if 'running_' not in name and not name.endswith('num_batches_tracked')]
+    assert learned and all('.attn.' in name or name.startswith('classifier.') for name in learned)
+    assert weights.keys() <= trained.keys() and len(trained) - len(weights) == 4 * 18  # two convolutions a layer
+
+
 def test_an_overlay_is_not_told_to_others(tmp_path, tiny):
     file = str(tiny / 'last.safetensors')
     overlay = f'pretrained_cfg_overlay={dict(file=file, num_classes=10)}'
@@ -313,6 +324,7 @@ def test_the_tag_of_the_first_weights_is_not_that_of_the_run(tmp_path):
     (['--pretrained-path', 'model.pth'], ['model.pth', 'not a whole safetensors file']),
     (['--pretrained-path', PACKAGED], ['does not fit test_resnet', MODEL, 'lacks some, bn1.bias']),
     (['--pretrained-path', PACKAGED, '--model', 'dense2net121_s4'], ['does not fit dense2net121_s4', MODEL]),
+    (['--pretrained-path', f'{MODEL}.nano_c100'], [f'no weights at {MODEL}.nano_c100']),
     (['--pretrained-path', PACKAGED, '--eval-only'], ['--pretrained-path', '--checkpoint']),
     (['--pretrained-path', PACKAGED, '--initial-checkpoint', 'x'], ['--pretrained-path', '--initial-checkpoint']),
     (['--pretrained-path', PACKAGED, '--model', 'hf-hub:owner/net'], ['hf-hub:owner/net', 'architecture']),

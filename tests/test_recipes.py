@@ -17,8 +17,8 @@ def run_error(capsys, *argv):
 
 
 def test_packaged_recipes():
-    cpu = ('short', 'short_ft', *(f'short_ft{i}' for i in range(2, 6)), 'small', 'small_ft', 'quick', 'nano')
-    assert set(list_recipes()) == {*DECK, 'strong', *cpu}
+    short = ('short', 'short_ft', *(f'short_ft{i}' for i in range(2, 6)), 'short_se')
+    assert set(list_recipes()) == {*DECK, 'strong', *short, 'small', 'small_ft', 'quick', 'nano'}
 
 
 @pytest.mark.parametrize('name', list_recipes())

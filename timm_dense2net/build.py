@@ -30,7 +30,7 @@ from .images import PREPROCESSING, Images, dataset_stats, hold_out_split
 from .loader import BatchLoader
 from .names import check_model_name
 from .options import augment_config, public_args, public_model_kwargs, saved_args
-from .start import freeze_stages, pretrained_overlay
+from .start import freeze_stages, pretrained_overlay, start_file
 from .trained import check_fits, check_input, load_test_split, load_trained, weights_config, weights_file
 from .trainer import Trainer
 from .version import __version__
@@ -107,7 +107,7 @@ def _stats_of_channels(
 def _pretrained_stats(args: argparse.Namespace) -> tuple[Sequence[float], Sequence[float]]:
     """Mean and standard deviation that the pretrained weights were trained with."""
     _check_model_name(args.model)
-    given = weights_config(load_metadata(weights_file(args.pretrained_path))) if args.pretrained_path else {}
+    given = weights_config(load_metadata(start_file(args.pretrained_path))) if args.pretrained_path else {}
     try:
         # Created, as the configuration of a model on the Hub or in a folder is read with it.
         cfg = timm.create_model(args.model).pretrained_cfg | given

@@ -149,7 +149,8 @@ def _add_model_args(group: argparse._ArgumentGroup) -> None:
     group.add_argument('--model-kwargs', nargs='*', default={}, action=_ModelKwargs, metavar='KEY=VALUE')
     group.add_argument('--pretrained', action=_FLAG, default=False, help='start from (or evaluate) pretrained weights')
     group.add_argument('--pretrained-path', metavar='PATH', help=(
-        'run folder or safetensors file in the place of the pretrained weights, with adaptation'))
+        'run folder, safetensors file or packaged weights (ARCH.TAG) in the place of the pretrained weights, with'
+        ' adaptation'))
     group.add_argument('--initial-checkpoint', metavar='PATH', help='start from these weights')
     group.add_argument('--num-classes', type=int, metavar='N', help="number of classes (the data's)")
     group.add_argument('--freeze-stages', type=int, default=0, metavar='N', help=(

@@ -12,19 +12,27 @@ from timm.models import group_parameters
 from timm.utils import freeze
 
 from .checkpoint import load_weights
+from .dense2net import Dense2Net
+from .packaged import check_packaged, packaged_file
 from .trained import weights_config, weights_file, weights_shape
 
-__all__ = ['pretrained_overlay', 'freeze_stages']
+__all__ = ['start_file', 'pretrained_overlay', 'freeze_stages']
+
+
+def start_file(name: str | Path) -> Path:
+    """The file of weights that a run starts from: packaged weights by name, a run folder's last ones, or a file."""
+    packaged = Path(packaged_file(str(name)))
+    return packaged if packaged.is_file() and not Path(name).exists() else weights_file(name)
 
 
 def pretrained_overlay(path: str | Path, model: nn.Module, class_names: Sequence[str]) -> dict[str, Any]:
     """A file of weights in the place of those that a model's name stands for.
 
     timm adapts head and first convolution as it does for weights of its own. Weights of as many classes as are trained
-    on keep their head, unless the file names other classes.
+    on keep their head, unless the file names other classes. Attention that they were trained without is new.
 
     Args:
-        path: Run folder (its last weights) or safetensors file.
+        path: Run folder (its last weights), safetensors file, or packaged weights (``ARCH.TAG``).
         model: The timm model that they are for, with other weights.
         class_names: Names of the classes that it is to tell apart.
 
@@ -33,9 +41,14 @@ def pretrained_overlay(path: str | Path, model: nn.Module, class_names: Sequence
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If it is not a safetensors file, lacks parameters of the model other than the head's or has more.
+        ValueError: If it is not a safetensors file, or lacks parameters of the model other than those of the head and
+            of attention, or has more.
+        RuntimeError: If packaged weights are damaged.
     """
-    weights, metadata = load_weights(weights_file(path))
+    file = start_file(path)
+    check_packaged(str(file))
+    weights, metadata = load_weights(file)
+    weights = _attention(model) | weights
     _check_names(path, weights, metadata, model)
     shape = weights_shape(model.pretrained_cfg, weights)
     num_classes = shape.get('num_classes', 0)
@@ -45,6 +58,14 @@ def pretrained_overlay(path: str | Path, model: nn.Module, class_names: Sequence
     if 'in_chans' in shape:
         config['input_size'] = (shape['in_chans'], *config['input_size'][1:])
     return dict(config, state_dict=weights, file=None, num_classes=num_classes)
+
+
+def _attention(model: nn.Module) -> dict[str, torch.Tensor]:
+    # Norms read what the gates scale: gates that are nearly the same for all images change nothing of a batch in
+    # training, though running statistics have to follow them.
+    if not isinstance(model, Dense2Net):
+        return {}
+    return {name: tensor for name, tensor in model.state_dict().items() if '.attn.' in name}
 
 
 def _check_names(
