@@ -260,6 +260,17 @@ def test_weights_of_another_run_are_said_to_be_missing(run, option):
     assert wanted in card and 'from weights of another run' in card and 'somewhere' not in card
 
 
+def test_packaged_weights_that_a_run_starts_from_are_told(run):
+    start = f'{MODEL}.small_c100'
+    args = yaml.safe_load((run / 'args.yaml').read_text())
+    (run / 'args.yaml').write_text(yaml.safe_dump(args | dict(pretrained_path=start)))
+    folder = write_hub_folder(run, REPO, run / 'hub')
+    card = (folder / 'README.md').read_text()
+    assert f'from the packaged weights `{start}`' in card and 'which weights it starts from' not in card
+    assert f'pretrained_path={start}' in card  # what the run was given beyond its recipe
+    assert yaml.safe_load((folder / 'recipe.yaml').read_text())['pretrained_path'] == start
+
+
 @pytest.mark.parametrize('dataset, told, option', [
     ('hfds/somebody/cifar100', 'hfds/uoft-cs/cifar100', '--data-dir'),
     ('hfds/them/birds', 'hfds/them/birds', '--data-dir'),

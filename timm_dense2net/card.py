@@ -8,6 +8,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCardData
 from timm.models import get_pretrained_cfg
 
+from .options import is_place
 from .report import RunResult
 from .trained import TrainedModel
 
@@ -163,6 +164,8 @@ def _front_matter(name: str, licence: str, result: RunResult) -> ModelCardData:
 def _start(args: Mapping[str, Any]) -> tuple[str, str]:
     """What a run started from, and what its recipe cannot say of it."""
     for name in ('initial_checkpoint', 'pretrained_path'):
+        if args.get(name) and not is_place(name, args[name]):
+            return f'the packaged weights `{args[name]}`', ''
         if args.get(name):
             return 'weights of another run', f', `--{name.replace("_", "-")}` which weights it starts from'
     return 'pretrained weights' if args.get('pretrained') else 'random weights', ''

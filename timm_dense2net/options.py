@@ -24,10 +24,11 @@ from timm.utils.distributed import is_distributed_env
 from .augment import AugmentConfig
 from .checkpoint import CHECKPOINT_FILE, PREVIOUS_FILE
 from .names import did_you_mean
+from .packaged import is_packaged
 
 __all__ = [
     'augment_config', 'build_parser', 'parse_args', 'check_args', 'list_recipes', 'load_recipe', 'saved_args',
-    'public_args', 'public_model_kwargs', 'recipe_name', 'ARGS_FILE', 'HOST_ARGS', 'PLACES', 'SCHEDULES']
+    'is_place', 'public_args', 'public_model_kwargs', 'recipe_name', 'ARGS_FILE', 'HOST_ARGS', 'SCHEDULES']
 
 ARGS_FILE = 'args.yaml'
 _OUTPUT = './output'
@@ -39,7 +40,7 @@ SCHEDULES = ('plateau', 'cosine', 'tanh', 'step', 'multistep', 'poly', 'wsd', 'r
 _NOT_SAVED = ('resume', 'eval_only', 'checkpoint')
 
 # They tell of the machine that a run was made on, and nothing of the run.
-PLACES = frozenset(('output', 'experiment', 'data_dir', 'pretrained_path', 'initial_checkpoint'))
+_PLACES = frozenset(('output', 'experiment', 'data_dir', 'pretrained_path', 'initial_checkpoint'))
 
 # They say how a machine does the work and what it shows of it.
 HOST_ARGS = frozenset((
@@ -405,6 +406,11 @@ def public_model_kwargs(model_kwargs: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in model_kwargs.items() if key not in _WEIGHT_KWARGS}
 
 
+def is_place(name: str, value: Any) -> bool:
+    """Whether an argument's value is a path of the machine: packaged weights have a name."""
+    return name in _PLACES and not (name == 'pretrained_path' and is_packaged(value))
+
+
 def public_args(args: Mapping[str, Any], model: str) -> dict[str, Any]:
     """A run's saved arguments as they may be given away: without the paths of the machine it was made on.
 
@@ -412,7 +418,7 @@ def public_args(args: Mapping[str, Any], model: str) -> dict[str, Any]:
         args: Arguments by name.
         model: Name of the architecture, for a model that lay in a folder.
     """
-    public = {key: value for key, value in args.items() if key not in PLACES}
+    public = {key: value for key, value in args.items() if not is_place(key, value)}
     return public | dict(
         model=model, model_kwargs=public_model_kwargs(args['model_kwargs']),
         dataset=args['dataset'] if _is_data_set_id(args['dataset']) else Path(args['dataset']).name,

@@ -8,7 +8,7 @@ from timm.models import PretrainedCfg, list_models
 
 from .files import sha256_of
 
-__all__ = ['BEST_PACKAGED', 'packaged_file', 'check_pretrained', 'check_packaged', 'read_sums']
+__all__ = ['BEST_PACKAGED', 'packaged_file', 'is_packaged', 'check_pretrained', 'check_packaged', 'read_sums']
 
 # Used where no weights are named: those of the highest top-1.
 BEST_PACKAGED = 'dense2net121_s8.short_ft5_c100'
@@ -20,6 +20,11 @@ SUMS_FILE = WEIGHTS_DIR / 'SHA256SUMS'
 def packaged_file(name: str) -> str:
     """Path of the packaged weights of ``ARCH.TAG``, for a pretrained cfg's ``file``."""
     return str(WEIGHTS_DIR / f'{name}.safetensors')
+
+
+def is_packaged(name: str | Path) -> bool:
+    """Whether there are packaged weights of that name, ``ARCH.TAG``."""
+    return f'{name}.safetensors' in read_sums()
 
 
 def check_pretrained(cfg: PretrainedCfg) -> None:

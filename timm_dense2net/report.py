@@ -27,7 +27,7 @@ from .curves import read_summary
 from .figures import new_figure, save_figure
 from .files import write_csv, write_text
 from .options import (
-    ARGS_FILE, HOST_ARGS, PLACES, build_parser, list_recipes, load_recipe, public_model_kwargs, recipe_name)
+    ARGS_FILE, HOST_ARGS, build_parser, is_place, list_recipes, load_recipe, public_model_kwargs, recipe_name)
 
 __all__ = [
     'DECK', 'RunResult', 'Row', 'read_run', 'read_results', 'write_results', 'merge_results', 'summarise',
@@ -200,7 +200,7 @@ def _overrides(recipe: str, args: Mapping[str, Any], world_size: int) -> str:
     args = {**args, 'model_kwargs': public_model_kwargs(args.get('model_kwargs') or {})}
     # A path is not told: that weights were given is. Spaces stand between words only.
     words = [
-        name if name in PLACES else f'{name}={args[name]}'.replace(' ', '') for name in sorted(args)
+        name if is_place(name, args[name]) else f'{name}={args[name]}'.replace(' ', '') for name in sorted(args)
         if name in expected and name not in _NOT_OVERRIDES and args[name] != expected[name]]
     if args.get('pretrained') and _tag(args['model']) != _tag(expected['model']):
         words.append(f'model={args["model"]}')

@@ -13,7 +13,7 @@ from timm.utils import freeze
 
 from .checkpoint import load_weights
 from .dense2net import Dense2Net
-from .packaged import check_packaged, packaged_file
+from .packaged import check_packaged, is_packaged, packaged_file
 from .trained import weights_config, weights_file, weights_shape
 
 __all__ = ['start_file', 'pretrained_overlay', 'freeze_stages']
@@ -21,8 +21,7 @@ __all__ = ['start_file', 'pretrained_overlay', 'freeze_stages']
 
 def start_file(name: str | Path) -> Path:
     """The file of weights that a run starts from: packaged weights by name, a run folder's last ones, or a file."""
-    packaged = Path(packaged_file(str(name)))
-    return packaged if packaged.is_file() and not Path(name).exists() else weights_file(name)
+    return Path(packaged_file(str(name))) if is_packaged(name) else weights_file(name)
 
 
 def pretrained_overlay(path: str | Path, model: nn.Module, class_names: Sequence[str]) -> dict[str, Any]:
