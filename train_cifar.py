@@ -13,6 +13,7 @@ import argparse
 import logging
 import signal
 import sys
+from contextlib import closing, nullcontext
 
 from timm.utils import setup_default_logging
 
@@ -35,7 +36,8 @@ def train(args: argparse.Namespace, processes: Processes) -> None:
         _logger.info(f'Going on after {trainer.epoch} epochs and {trainer.batches_done} batches.')
     # Made last, so that a mistake in the arguments leaves no folder behind.
     folder = RunFolder(args, start_epoch=trainer.epoch) if processes.primary else None
-    trainer.fit(folder)
+    with closing(folder) if folder else nullcontext():
+        trainer.fit(folder)
     if folder is not None:
         result = write_run_results(args, data, trainer)
         _logger.info(

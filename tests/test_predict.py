@@ -134,8 +134,11 @@ def test_standard_input_is_a_picture_or_a_list_of_paths(weights, pictures):
     assert listed == [Source(str(path)), Source(f'{pictures}/b/4.png')]
     assert list(find_images(['-'], stdin=lambda: b' \n')) == [Source('-', error='standard input is empty')]
     assert list(find_images(['-'], stdin=lambda: b' a b.png \r\n')) == [Source(' a b.png ')]
+    assert list(find_images(['-'], stdin=lambda: b'P5 scans/1.png\n')) == [Source('P5 scans/1.png')]
     plain = b'P3 1 1 255 9 9 9\n'  # a picture in ASCII
-    for data in (plain, b'\xff\xff'):
+    torn = io.BytesIO()
+    Image.open(path).save(torn, 'WEBP')
+    for data in (plain, b'\xff\xff', torn.getvalue()[:100]):
         assert list(find_images(['-'], stdin=lambda: data)) == [Source('-', data)]
 
     trained = load_trained(checkpoint=weights)

@@ -189,7 +189,7 @@ def test_reports_and_recipe(tmp_path):
 @pytest.mark.parametrize('args, message', [
     (['--study', 's', '--recipe', 'nano'], 'give --hold-out N'),
     (['--study', 's', '--recipe', 'nano', '--hold-out', '9', '--experiment', 'x'], '--experiment is not for a search'),
-    (['--study', 's', '--hold-out', '9', '--res2net-scale', '4'], '--res2net-scale is not for a search'),
+    (['--study', 's', '--hold-out', '9', '--res2net-scale', '4'], '--res2net-scale is not for a search: it is over'),
     (['--study', 's', '--recipe', 'nano', '--hold-out', '9', '--log-wandb'], '--log-wandb'),
     (['--study', 's', '--recipe', 'nano', '--hold-out', '9', '--scheds', 'cosine', 'none', '--layer-decay', '0.9'],
      '--sched constant'),

@@ -119,7 +119,7 @@ class ImageReader(Dataset):
             array = np.array(image).transpose(2, 0, 1)
         if index and array.shape != self.image_shape:
             raise ValueError(
-                f'{self.name}: image {index} is {array.shape[1]} x {array.shape[2]}, the first is '
+                f'{self.name}: image {self.indices[index]} is {array.shape[1]} x {array.shape[2]}, the first is '
                 f'{self.image_shape[1]} x {self.image_shape[2]}; give img_size so that all are brought to one size.')
         return array, int(self.labels[index])
 

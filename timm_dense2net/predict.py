@@ -86,7 +86,9 @@ def _is_picture(data: bytes) -> bool:
     except UnidentifiedImageError:
         return False
     except Image.DecompressionBombError:
-        pass
+        return True
+    except Exception:  # of a damaged header, or of paths that begin as a picture does ('P5 scans/1.png')
+        return not data.isascii()
     return True
 
 

@@ -104,6 +104,11 @@ class RunFolder:
             from torch.utils.tensorboard import SummaryWriter
             self._tensorboard = SummaryWriter(str(self.path / 'tensorboard'), purge_step=start_epoch)
 
+    def close(self) -> None:
+        """Closes TensorBoard's file."""
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+
     def _remove_leftovers(self) -> None:
         """Removes temporary files of a process that was killed while it wrote."""
         for path in self.path.glob(LEFTOVERS):

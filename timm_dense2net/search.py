@@ -18,6 +18,7 @@ import sys
 import time
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,14 @@ _logger = logging.getLogger(__name__)
 
 # Where a run lies, how it is watched and what it may look at: no part of what is found.
 _NOT_IN_RECIPE = HOST_ARGS | {'recipe', 'output', 'experiment', 'data_dir', 'hold_out'}
+
+_NOT_FOR_A_SEARCH = {
+    'resume': 'the same command goes on with its study',
+    'experiment': 'the trials have names of their own',
+    'eval_only': 'it trains',
+    'log_wandb': 'it logs one run a process, and a search makes many (see its trials.csv)',
+    'res2net_scale': 'it is over Dense2Nets as they are created, their scale by --scales',
+}
 
 _SGD = ('momentum', 'nesterov', 'nesterovw')  # and those with sgd in their names
 _LR_RANGES = {'lr': (0.01, 0.5), 'lr_adaptive': (1e-4, 1e-2)}
@@ -179,10 +188,10 @@ with warnings.catch_warnings():
     _give_out_again = RetryHeartbeatStaleTrialCallback(inherit_intermediate_values=True)
 
 
-def _open_storage(url: str, attempts: int = 10, **kwargs) -> RDBStorage:
+def _open_storage(url: str, **kwargs) -> RDBStorage:
     """Opens the database; workers that start together may each try to make its tables, and all but one fail."""
     import sqlalchemy.exc
-    for attempt in range(attempts):
+    for tries_left in reversed(range(10)):
         try:
             return RDBStorage(url, **kwargs)
         except ImportError as e:
@@ -190,7 +199,7 @@ def _open_storage(url: str, attempts: int = 10, **kwargs) -> RDBStorage:
         except (sqlalchemy.exc.ArgumentError, sqlalchemy.exc.NoSuchModuleError) as e:
             raise ValueError(f'--storage {_without_password(url)}: {_first_line(e)}') from e
         except (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError) as e:
-            if attempt == attempts - 1:
+            if not tries_left:
                 raise ValueError(f'--storage {_without_password(url)}: {_first_line(e)}') from e
             time.sleep(0.5)
     raise AssertionError
@@ -297,7 +306,8 @@ class Worker:
         try:
             trainer = build_trainer(args, self.data, self.processes, state, _TrialTrainer)
             trainer.trial, trainer.stop = trial, self._stop
-            trainer.fit(RunFolder(args, start_epoch=trainer.epoch))
+            with closing(RunFolder(args, start_epoch=trainer.epoch)) as folder:
+                trainer.fit(folder)
         except (TrainingError, torch.OutOfMemoryError) as e:
             if isinstance(e.__cause__, OSError):
                 raise
@@ -452,11 +462,9 @@ def main(argv: list[str] | None = None) -> int:
         train_args = parse_args([*rest, '--sched', next((s for s in args.scheds if s != 'plateau'), 'constant')])
         for sched in args.scheds:
             trial_args(train_args, dict(sched=sched))
-        if train_args.log_wandb:
-            raise ValueError('--log-wandb logs one run a process, and a search makes many: see its trials.csv')
-        for option in ('resume', 'experiment', 'eval_only', 'res2net_scale'):
+        for option, why in _NOT_FOR_A_SEARCH.items():
             if getattr(train_args, option):
-                raise ValueError(f'--{option.replace("_", "-")} is not for a search: the trials set it')
+                raise ValueError(f'--{option.replace("_", "-")} is not for a search: {why}')
         if not train_args.hold_out:
             raise ValueError('the search judges by held-out training images: give --hold-out N (5000 for CIFAR-100)')
         if args.trials < 0 or args.heartbeat < 1:

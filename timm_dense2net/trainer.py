@@ -296,9 +296,8 @@ class Trainer:
             raise TrainingError(f'{name} is not finite after {self._where(self.batches_done)}')
 
     def _where(self, step: int) -> str:
-        return (
-            f'epoch {self.epoch + 1}, step {step} of {len(self.train_loader)}, learning rate {self.lr:.3g}; the last'
-            f' good state is kept in {self.path}')
+        kept = f'; the last good state is kept in {self.path}' if self.args.experiment else ''
+        return f'epoch {self.epoch + 1}, step {step} of {len(self.train_loader)}, learning rate {self.lr:.3g}{kept}'
 
     def _evaluate(self) -> None:
         self._check_weights()
