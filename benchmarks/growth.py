@@ -8,7 +8,6 @@ takes longer than --max-seconds or more memory than there is. Writes growth.md, 
 """
 import argparse
 import statistics
-import time
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple
@@ -20,12 +19,12 @@ from timm.utils import reparameterize_model
 from tqdm import tqdm
 
 from memory import in_process, peak_mb_of
+from speed import DEVICE, seconds
 from timm_dense2net.counts import count_macs
 from timm_dense2net.dense2net import Dense2Net
 from timm_dense2net.figures import new_figure, save_figure
 from timm_dense2net.files import write_csv, write_text
 
-DEVICE = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
 BATCHES = (1, 4, 16, 64, 256, 1024)
 SIZES = (32, 64, 96, 128, 160, 224)
 SCALES = (2, 4, 8)
@@ -56,20 +55,15 @@ def run_point(mode: str, batch: int, size: int, kwargs: Dict[str, Any], calls: i
         model = reparameterize_model(model)
     x, target = torch.randn(batch, 3, size, size, device=DEVICE), torch.randint(100, (batch,), device=DEVICE)
 
-    def step() -> float:
-        start = time.perf_counter()
+    def step() -> None:
         with torch.inference_mode(mode != 'train'):
             y = model(x)
         if mode == 'train':
             F.cross_entropy(y, target).backward()
-        if DEVICE.type == 'cuda':
-            torch.cuda.synchronize()
-        return time.perf_counter() - start
 
     peak_mb = peak_mb_of(step)
-    seconds = statistics.median(step() for _ in range(calls))
-    return dict(
-        gflop=gflop, ms=1e3 * seconds, images_per_s=batch / seconds, gflop_per_s=gflop / seconds, peak_mb=peak_mb)
+    time = statistics.median(seconds(step) for _ in range(calls))
+    return dict(gflop=gflop, ms=1e3 * time, images_per_s=batch / time, gflop_per_s=gflop / time, peak_mb=peak_mb)
 
 
 def point_in_process(*args: Any) -> Optional[Dict[str, float]]:

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from memory import in_process, peak_mb_of
 from reference import PlainDense2Net
-from timm_dense2net.build import environment
+from timm_dense2net.environment import environment
 from timm_dense2net.figures import new_figure, save_figure
 from timm_dense2net.files import write_csv, write_text
 

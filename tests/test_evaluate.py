@@ -10,12 +10,13 @@ from torch import nn
 from training_runs import run_here
 
 from timm_dense2net import evaluate as evaluate_module
+from timm_dense2net.calibration import cross_fit_calibration, expected_calibration_error
 from timm_dense2net.checkpoint import save_weights
-from timm_dense2net.calibration import expected_calibration_error
-from timm_dense2net.classes import CIFAR100_CLASSES
+from timm_dense2net.cifar import CIFAR100_CLASSES
 from timm_dense2net.convert import conversion_metadata, convert_res2net
+from timm_dense2net.corruptions import CORRUPTIONS, corrupt
 from timm_dense2net.data import load_arrays
-from timm_dense2net.evaluate import CORRUPTIONS, FlipAverage, corrupt, cross_fit_calibration, evaluate, main
+from timm_dense2net.evaluate import FlipAverage, evaluate, main
 from timm_dense2net.fused import FusedDenseBlock
 from timm_dense2net.images import ImageArrays
 from timm_dense2net.trained import TrainedModel, load_trained
@@ -339,7 +340,7 @@ def test_a_converted_model_is_converted_again(tmp_path):
     (['--pretrained'], '--pretrained needs --model'),
     (['--pretrained', '--checkpoint', 'x'], 'give either --pretrained or --checkpoint'),
     (['--checkpoint', 'x', '-b', '0'], '--batch-size must be at least 1, got 0'),
-    (['--checkpoint', 'x', '--output', 'nowhere/out.json'], '--output nowhere/out.json: there is no folder nowhere'),
+    (['--checkpoint', 'x', '--output', 'nowhere/out.json'], '--output: nowhere/out.json: there is no folder nowhere'),
 ])
 def test_a_wrong_call_is_refused(capsys, arguments, message):
     with pytest.raises(SystemExit) as stop:

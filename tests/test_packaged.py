@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 import timm_dense2net  # noqa: F401
 from timm_dense2net import packaged
 from timm_dense2net.checkpoint import load_weights, save_weights
-from timm_dense2net.classes import CIFAR100_CLASSES
+from timm_dense2net.cifar import CIFAR100_CLASSES
 from timm_dense2net.evaluate import main as evaluate_main
 from timm_dense2net.options import PLACES
 from timm_dense2net.package import package_run

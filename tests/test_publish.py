@@ -25,7 +25,7 @@ from timm.utils import update_summary
 
 import timm_dense2net  # noqa: F401
 from timm_dense2net.checkpoint import load_weights, save_weights
-from timm_dense2net.classes import CIFAR100_CLASSES
+from timm_dense2net.cifar import CIFAR100_CLASSES
 from timm_dense2net.files import sha256_of
 from timm_dense2net.hub import DIGEST_KEY
 from timm_dense2net.options import build_parser, load_recipe, saved_args

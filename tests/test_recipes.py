@@ -5,7 +5,7 @@ import yaml
 
 import timm_dense2net  # noqa: F401
 from timm_dense2net.options import build_parser, list_recipes, load_recipe, parse_args
-from timm_dense2net.report import DECK
+from timm_dense2net.deck import DECK
 
 
 def run_error(capsys, *argv):

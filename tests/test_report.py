@@ -12,8 +12,10 @@ import pytest
 import yaml
 from timm.utils import update_summary
 
+from timm_dense2net.deck import DECK
 from timm_dense2net.options import build_parser, list_recipes, load_recipe
-from timm_dense2net.report import BEGIN, COLUMNS, DECK, END, RunResult, main, read_results, read_run, summarise
+from timm_dense2net.report import BEGIN, END, main, summarise
+from timm_dense2net.results import COLUMNS, RunResult, read_results, read_run
 
 ROOT = Path(__file__).parents[1]
 

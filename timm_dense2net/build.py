@@ -1,10 +1,8 @@
-"""Makes a run's data, model and trainer from its arguments, and tells of its surroundings."""
+"""Makes a run's data, model and trainer from its arguments."""
 from __future__ import annotations
 
 import argparse
 import json
-import platform
-import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,17 +26,15 @@ from .errors import one_line
 from .hub import LOAD_ERRORS
 from .images import PREPROCESSING, Images, dataset_stats, hold_out_split
 from .loader import BatchLoader
+from .meta import check_input
 from .names import check_model_name
 from .options import augment_config, public_args, public_model_kwargs, saved_args
 from .start import freeze_stages, pretrained_overlay, start_file
-from .trained import check_fits, check_input, load_test_split, load_trained, weights_config, weights_file
+from .trained import check_fits, load_test_split, load_trained, weights_config, weights_file
 from .trainer import Trainer
-from .version import __version__
 
 __all__ = [
-    'RunData', 'build_data', 'build_loader', 'build_model', 'build_trained', 'build_trainer', 'environment',
-    'source_commit', 'weights_metadata',
-]
+    'RunData', 'build_data', 'build_loader', 'build_model', 'build_trained', 'build_trainer', 'weights_metadata']
 
 
 @dataclass(frozen=True)
@@ -293,35 +289,3 @@ def weights_metadata(args: argparse.Namespace, data: RunData, model: nn.Module) 
         args=json.dumps(arguments),
         **conversion_metadata(model),
     )
-
-
-def environment(device: torch.device) -> dict[str, Any]:
-    """Hardware and library versions."""
-    return dict(
-        hardware=torch.cuda.get_device_name(device) if device.type == 'cuda' else _cpu_name(),
-        threads=torch.get_num_threads(),
-        versions=dict(
-            python=platform.python_version(), torch=torch.__version__, timm=timm.__version__,
-            timm_dense2net=__version__),
-    )
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path('/proc/cpuinfo').read_text(encoding='utf-8').splitlines()
-        return next(line.partition(':')[2].strip() for line in lines if line.startswith('model name'))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
-def source_commit() -> str | None:
-    """The commit of a source checkout; None for an installed package."""
-    root = Path(__file__).resolve().parents[1]
-    if not (root / '.git').exists():
-        return None
-    try:
-        return subprocess.run(
-            ['git', 'describe', '--always', '--dirty', '--abbrev=40', '--exclude=*'], cwd=root, capture_output=True,
-            text=True, check=True, timeout=10).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return None

@@ -2,10 +2,11 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 
-__all__ = ['check_logits', 'expected_calibration_error', 'fit_temperature']
+__all__ = ['check_logits', 'cross_fit_calibration', 'expected_calibration_error', 'fit_temperature']
 
 
 def expected_calibration_error(logits: torch.Tensor, targets: torch.Tensor, bins: int = 15) -> float:
@@ -20,7 +21,7 @@ def expected_calibration_error(logits: torch.Tensor, targets: torch.Tensor, bins
         bins: Number of bins on (0, 1].
 
     Raises:
-        ValueError: If the shapes do not fit, there is no sample, or `bins` is below 1.
+        ValueError: If `bins` is below 1, or `check_logits` refuses the logits and targets.
     """
     check_logits(logits, targets)
     if bins < 1:
@@ -42,7 +43,7 @@ def fit_temperature(logits: torch.Tensor, targets: torch.Tensor) -> float:
         targets: (N,) class indices.
 
     Raises:
-        ValueError: If the shapes do not fit or there is no sample.
+        ValueError: If `check_logits` refuses the logits and targets.
     """
     check_logits(logits, targets)
     logits = logits.double()
@@ -59,11 +60,35 @@ def fit_temperature(logits: torch.Tensor, targets: torch.Tensor) -> float:
     return math.exp((low + high) / 2)
 
 
+def cross_fit_calibration(logits: torch.Tensor, targets: torch.Tensor, seed: int = 0) -> dict[str, Any]:
+    """Calibration error before and after temperature scaling, no sample judged by a temperature fitted on it.
+
+    The samples are split at random into two halves; each is scaled by the temperature fitted on the other.
+
+    Args:
+        logits: (N, C) unnormalised scores, N at least 2.
+        targets: (N,) class indices.
+        seed: Of the split.
+
+    Returns:
+        ece and ece_scaled (15 bins, fractions) over all samples, and the two temperatures.
+    """
+    order = torch.randperm(len(targets), generator=torch.Generator().manual_seed(seed))
+    first, second = order.chunk(2)
+    scaled, temperatures = torch.empty_like(logits), []
+    for fitted, judged in ((first, second), (second, first)):
+        temperatures.append(fit_temperature(logits[fitted], targets[fitted]))
+        scaled[judged] = logits[judged] / temperatures[-1]
+    return dict(
+        ece=expected_calibration_error(logits, targets), ece_scaled=expected_calibration_error(scaled, targets),
+        temperatures=temperatures)
+
+
 def check_logits(logits: torch.Tensor, targets: torch.Tensor) -> None:
     """Checks that (N, C) logits and (N,) targets fit each other.
 
     Raises:
-        ValueError: If their shapes do not, there is no sample, or a value is out of range.
+        ValueError: If their shapes do not, there is no sample, a target is out of range or a logit not finite.
     """
     if logits.ndim != 2 or targets.shape != logits.shape[:1] or not len(targets):
         raise ValueError(

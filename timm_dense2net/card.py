@@ -9,7 +9,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from timm.models import get_pretrained_cfg
 
 from .options import is_place
-from .report import RunResult
+from .results import RunResult
 from .trained import TrainedModel
 
 __all__ = ['first_model', 'hub_dataset', 'model_card']

@@ -15,6 +15,7 @@ from PIL import Image
 from timm.data import create_dataset
 from torch.utils.data import Dataset
 
+from .cifar import CIFAR100_MEAN, CIFAR100_STD
 from .errors import one_line
 from .images import ImageArrays, ImageReader, Images, dataset_stats
 
@@ -27,7 +28,7 @@ _KNOWN_SHAPE = (3, 32, 32)
 
 _KNOWN_STATS = {
     'cifar10': ((0.49139968, 0.48215841, 0.44653091), (0.24703223, 0.24348513, 0.26158784)),
-    'cifar100': ((0.50707516, 0.48654887, 0.44091784), (0.26733429, 0.25643846, 0.27615047)),
+    'cifar100': (CIFAR100_MEAN, CIFAR100_STD),
 }
 
 # Names that a split may go by, in the order in which they are tried.

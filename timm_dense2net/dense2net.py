@@ -30,6 +30,7 @@ from timm.models._builder import resolve_pretrained_cfg
 from timm.models._features import feature_take_indices
 from timm.models._manipulate import MATCH_PREV_GROUP
 
+from .cifar import CIFAR100_MEAN, CIFAR100_STD
 from .fused import (
     FusedDenseBlock, FusedDenseTransition, FusedFeatures, FusedSplitHierarchyConv2d, is_fusable)
 from .hooks import has_own_hooks
@@ -39,9 +40,6 @@ from .packaged import check_pretrained, packaged_file
 from .training_form import block_has_training_form, block_in_training, has_training_form, transition_in_training
 
 __all__ = ['Dense2Net', 'SplitHierarchyConv2d']
-
-CIFAR100_MEAN = (0.50707516, 0.48654887, 0.44091784)
-CIFAR100_STD = (0.26733429, 0.25643846, 0.27615047)
 
 
 @torch.fx.wrap

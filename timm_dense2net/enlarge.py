@@ -17,6 +17,7 @@ from timm.models import list_models
 
 from .checkpoint import load_weights, save_weights
 from .dense2net import Dense2Net
+from .files import output_file
 from .trained import weights_file
 
 __all__ = ['load_all_but_stem', 'main']
@@ -84,7 +85,7 @@ def main(argv: list[str] | None = None) -> int:
         description="Turn a 32x32 model's checkpoint into weights of its 'd' model, all but the stem.")
     parser.add_argument('checkpoint', type=Path, help='run folder or safetensors file')
     parser.add_argument('--model', required=True, help="'d' model of the same depth and scale")
-    parser.add_argument('--output', required=True, type=Path, metavar='FILE', help='safetensors file to write')
+    parser.add_argument('--output', required=True, type=output_file, metavar='FILE', help='safetensors file to write')
     parser.add_argument('--num-classes', type=int, metavar='N', help=(
         "classes (the checkpoint's); with another number the classifier is new"))
     args = parser.parse_args(argv)

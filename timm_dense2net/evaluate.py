@@ -9,59 +9,23 @@ import argparse
 import dataclasses
 import functools
 import sys
-from collections.abc import Callable
-from io import BytesIO
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn as nn
-from PIL import Image
 from timm.utils import accuracy, reparameterize_model
-from torchvision.transforms.v2 import functional as F
 from tqdm import tqdm
 
-from .calibration import expected_calibration_error, fit_temperature
+from .calibration import cross_fit_calibration
+from .corruptions import CORRUPTIONS, corrupt
 from .distributed import find_device
 from .engine import predict
-from .files import write_json
+from .files import output_file, write_json
 from .images import ImageArrays, Images
 from .loader import BatchLoader
 from .trained import TrainedModel, check_fits, load_test_split, load_trained
 
-__all__ = ['CORRUPTIONS', 'FlipAverage', 'corrupt', 'cross_fit_calibration', 'evaluate', 'main']
-
-
-def _gaussian_noise(images: torch.Tensor, sigma: float) -> torch.Tensor:
-    # In floating point: torchvision's uint8 kernel rounds the noise towards zero.
-    noisy = F.gaussian_noise(F.to_dtype(images, torch.float32, scale=True), sigma=sigma)
-    return F.to_dtype(noisy, torch.uint8, scale=True)
-
-
-def _jpeg(images: torch.Tensor, quality: float) -> torch.Tensor:
-    # Pillow, as CIFAR-10-C does: torchvision's own JPEG functions are deprecated.
-    decoded = []
-    for image in images:
-        with BytesIO() as file:
-            F.to_pil_image(image).save(file, 'JPEG', quality=int(quality))
-            decoded.append(F.pil_to_tensor(Image.open(file)))
-    return torch.stack(decoded)
-
-
-def _gaussian_blur(images: torch.Tensor, sigma: float) -> torch.Tensor:
-    size = 2 * int(4 * sigma + 0.5) + 1
-    return F.gaussian_blur(images, kernel_size=[size, size], sigma=[sigma, sigma])
-
-
-# Name: the corruption of (N, 3, H, W) uint8 images, and its parameter at severity 1 to 5. The parameters are those of
-# CIFAR-10-C (D. Hendrycks and T. Dietterich, "Benchmarking Neural Network Robustness to Common Corruptions and
-# Perturbations", ICLR 2019, https://arxiv.org/abs/1903.12261); the operations are torchvision's and Pillow's.
-CORRUPTIONS: dict[str, tuple[Callable[[torch.Tensor, float], torch.Tensor], tuple[float, ...]]] = {
-    'gaussian_noise': (_gaussian_noise, (0.04, 0.06, 0.08, 0.09, 0.10)),
-    'gaussian_blur': (_gaussian_blur, (0.4, 0.6, 0.7, 0.8, 1.0)),
-    'contrast': (F.adjust_contrast, (0.75, 0.5, 0.4, 0.3, 0.15)),
-    'jpeg': (_jpeg, (80, 65, 58, 50, 40)),
-}
+__all__ = ['FlipAverage', 'evaluate', 'main']
 
 
 class FlipAverage(nn.Module):
@@ -78,56 +42,6 @@ class FlipAverage(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(N, num_classes) logits of (N, C, H, W) images."""
         return (self.model(x) + self.model(x.flip(-1))) / 2
-
-
-def corrupt(images: torch.Tensor, name: str, severity: int, seed: int = 0) -> torch.Tensor:
-    """Corrupts images; the same images, severity and seed give the same result.
-
-    Args:
-        images: (N, 3, H, W) uint8 on the CPU.
-        name: One of `CORRUPTIONS`.
-        severity: 1 to 5.
-        seed: Of the noise.
-
-    Returns:
-        (N, 3, H, W) uint8.
-
-    Raises:
-        ValueError: If there is no such corruption or severity.
-    """
-    if name not in CORRUPTIONS:
-        raise ValueError(f"no corruption '{name}': choose one of {', '.join(CORRUPTIONS)}")
-    operation, parameters = CORRUPTIONS[name]
-    if not 1 <= severity <= len(parameters):
-        raise ValueError(f'severity must be 1 to {len(parameters)}, got {severity}')
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        # In parts: blur and noise work on float copies of the images.
-        return torch.cat([operation(part, parameters[severity - 1]) for part in images.split(1000)])
-
-
-def cross_fit_calibration(logits: torch.Tensor, targets: torch.Tensor, seed: int = 0) -> dict[str, Any]:
-    """Calibration error before and after temperature scaling, no sample judged by a temperature fitted on it.
-
-    The samples are split at random into two halves; each is scaled by the temperature fitted on the other.
-
-    Args:
-        logits: (N, C) unnormalised scores, N at least 2.
-        targets: (N,) class indices.
-        seed: Of the split.
-
-    Returns:
-        ece and ece_scaled (15 bins, fractions) over all samples, and the two temperatures.
-    """
-    order = torch.randperm(len(targets), generator=torch.Generator().manual_seed(seed))
-    first, second = order.chunk(2)
-    scaled, temperatures = torch.empty_like(logits), []
-    for fitted, judged in ((first, second), (second, first)):
-        temperatures.append(fit_temperature(logits[fitted], targets[fitted]))
-        scaled[judged] = logits[judged] / temperatures[-1]
-    return dict(
-        ece=expected_calibration_error(logits, targets), ece_scaled=expected_calibration_error(scaled, targets),
-        temperatures=temperatures)
 
 
 def evaluate(
@@ -236,7 +150,7 @@ def _build_parser() -> argparse.ArgumentParser:
     parser.add_argument('--calibration', action='store_true', help='also print the expected calibration error')
     parser.add_argument('--corruptions', action='store_true', help='also evaluate under noise, blur, contrast and JPEG')
     parser.add_argument('--seed', type=int, default=0, metavar='N', help="of the noise and the calibration's halves")
-    parser.add_argument('--output', type=Path, metavar='FILE', help='also write the figures as JSON')
+    parser.add_argument('--output', type=output_file, metavar='FILE', help='also write the figures as JSON')
     return parser
 
 
@@ -252,8 +166,6 @@ def main(argv: list[str] | None = None) -> int:
         value = getattr(args, name)
         if value is not None and value < 1:
             parser.error(f'--{name.replace("_", "-")} must be at least 1, got {value}')
-    if args.output and not Path(args.output).parent.is_dir():
-        parser.error(f'--output {args.output}: there is no folder {Path(args.output).parent}')
     try:
         device = find_device(args.device)
         trained = load_trained(args.model, args.checkpoint)

@@ -1,6 +1,7 @@
 """Files are written aside and renamed, so that a reader sees the old file or the whole new one."""
 from __future__ import annotations
 
+import argparse
 import csv
 import hashlib
 import json
@@ -11,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-__all__ = ['LEFTOVERS', 'replace_file', 'sha256_of', 'write_csv', 'write_json', 'write_text']
+__all__ = ['LEFTOVERS', 'output_file', 'replace_file', 'sha256_of', 'write_csv', 'write_json', 'write_text']
 
 # What a process that is killed while it writes may leave, as a pattern for glob.
 LEFTOVERS = '.*.*.tmp.*'
@@ -34,6 +35,18 @@ def replace_file(path: str | os.PathLike[str]) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def output_file(name: str) -> Path:
+    """The path of a file that a command is to write, as an argument's type.
+
+    Raises:
+        argparse.ArgumentTypeError: If there is no folder to write it to.
+    """
+    path = Path(name)
+    if not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f'{name}: there is no folder {path.parent}')
+    return path
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:

@@ -23,6 +23,7 @@ from timm.utils.distributed import is_distributed_env
 
 from .augment import AugmentConfig
 from .checkpoint import CHECKPOINT_FILE, PREVIOUS_FILE
+from .errors import one_line
 from .names import did_you_mean
 from .packaged import is_packaged
 
@@ -269,7 +270,7 @@ def _parse_yaml(text: str, source: str) -> dict[str, Any]:
     try:
         values = yaml.safe_load(text)
     except yaml.YAMLError as e:
-        raise ValueError(f'{source}: not YAML: {" ".join(str(e).split())}') from e
+        raise ValueError(f'{source}: not YAML: {one_line(e)}') from e
     if not isinstance(values, dict):
         raise ValueError(f'{source}: a mapping of argument names to values is expected')
     return values
@@ -462,8 +463,8 @@ def check_args(args: argparse.Namespace) -> None:
             raise ValueError('--eval-only trains nothing, so --resume has no meaning: name the run with --checkpoint')
         if args.pretrained_path:
             raise ValueError(
-                '--pretrained-path names weights to train on; to evaluate them, name them by --checkpoint, packaged ones'
-                ' by --model ARCH.TAG --pretrained, and no recipe that trains on others')
+                '--pretrained-path names weights to train on; to evaluate them, name them by --checkpoint, packaged'
+                ' ones by --model ARCH.TAG --pretrained, and no recipe that trains on others')
         if args.initial_checkpoint:
             raise ValueError(
                 '--initial-checkpoint names weights to train on; to evaluate them, name them by --checkpoint')

@@ -13,7 +13,7 @@ import torch
 
 from . import packaged
 from .checkpoint import load_weights, save_weights
-from .classes import CIFAR100_CLASSES
+from .cifar import CIFAR100_CLASSES
 from .convert import METADATA_KEY
 from .files import sha256_of, write_text
 from .trained import tested_weights

@@ -24,7 +24,7 @@ from timm.data import create_transform, get_img_extensions
 from tqdm import tqdm
 
 from .distributed import find_device
-from .files import write_text
+from .files import output_file, write_text
 from .packaged import BEST_PACKAGED
 from .pictures import read_picture
 from .trained import TrainedModel, load_trained
@@ -208,7 +208,7 @@ def _build_parser() -> argparse.ArgumentParser:
     parser.add_argument('--checkpoint', metavar='PATH', help='run folder or safetensors file of weights')
     parser.add_argument('--topk', type=int, default=5, metavar='K', help='classes a picture (%(default)s)')
     parser.add_argument('--format', choices=_FORMATS, default='table', help='(%(default)s)')
-    parser.add_argument('--output', type=Path, metavar='FILE', help='write there and not to the screen')
+    parser.add_argument('--output', type=output_file, metavar='FILE', help='write there and not to the screen')
     parser.add_argument('-b', '--batch-size', type=int, default=64, metavar='N', help='(%(default)s)')
     parser.add_argument('--device', metavar='NAME', help='cpu, cuda, ... (cuda where there is one)')
     return parser
@@ -221,8 +221,6 @@ def main(argv: list[str] | None = None) -> int:
     for name in ('topk', 'batch_size'):
         if getattr(args, name) < 1:
             parser.error(f'--{name.replace("_", "-")} must be at least 1, got {getattr(args, name)}')
-    if args.output and not Path(args.output).parent.is_dir():
-        parser.error(f'--output {args.output}: there is no folder {Path(args.output).parent}')
     try:
         device = find_device(args.device)
         trained = load_trained(args.model or (None if args.checkpoint else BEST_PACKAGED), args.checkpoint)

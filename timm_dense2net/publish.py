@@ -23,7 +23,7 @@ from .card import first_model, hub_dataset, model_card
 from .files import sha256_of
 from .hub import DIGEST_KEY, HUB_ERRORS, WEIGHTS_FILE, explain_hub_error
 from .options import ARGS_FILE, HOST_ARGS, public_args
-from .report import RunResult, read_run
+from .results import RunResult, read_run
 from .trained import TrainedModel, load_checkpoint_model, tested_weights
 
 __all__ = ['PublishError', 'write_hub_folder', 'push_hub_folder', 'main']

@@ -9,275 +9,22 @@ The last form writes the table of results.csv between two marks in the README, o
 from __future__ import annotations
 
 import argparse
-import csv
-import dataclasses
-import json
 import math
 import os
 import statistics
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import yaml
-from timm.models import split_model_name_tag
-
-from .curves import read_summary
+from .deck import DECK, DECK_LITERATURE_BEST, DeckRow
 from .figures import new_figure, save_figure
 from .files import write_csv, write_text
-from .options import (
-    ARGS_FILE, HOST_ARGS, build_parser, is_place, list_recipes, load_recipe, public_model_kwargs, recipe_name)
+from .results import RunResult, csv_value, merge_results, read_results, read_run, table_order, write_results
 
-__all__ = [
-    'DECK', 'RunResult', 'Row', 'read_run', 'read_results', 'write_results', 'merge_results', 'summarise',
-    'markdown_table', 'update_readme', 'write_report', 'main',
-]
-
-
-class DeckRow(NamedTuple):
-    """A row of the deck's results table: its name there, the model it is here, its validation accuracy in percent."""
-    name: str
-    model: str
-    top1: float
-
-
-# By the recipe that trains the row here.
-DECK: dict[str, DeckRow] = {
-    'deck_densenet_noaug': DeckRow('DenseNet No Augmentation', 'densenet121_cifar', 65.41),
-    'deck_densenet': DeckRow('DenseNet', 'densenet121_cifar', 71.91),
-    'deck_dense2net_noaug': DeckRow('Dense2Net No Augmentation', 'dense2net121_s4', 68.96),
-    'deck_dense2net': DeckRow('Dense2Net', 'dense2net121_s4', 75.85),
-    'deck_s2': DeckRow('Dense2Net scale = 2', 'dense2net121_s2', 75.26),
-    'deck_s8': DeckRow('Dense2Net scale = 8', 'dense2net121_s8', 76.1),
-    'deck_cutout': DeckRow('Dense2Net with Cutout', 'dense2net121_s4', 75.23),
-    'deck_grouped': DeckRow('Dense2Net with Grouped Convs', 'dense2net121_s4_c32', 75.96),
-    'deck_se': DeckRow('Dense2Net with SE', 'dense2net121_s4_se', 74.77),
-}
-# The best row of the literature table that the deck quotes (Res2NeXt-29 6c x 24w x 6s-SE, 36.9M parameters).
-DECK_LITERATURE_BEST = 83.44
+__all__ = ['Row', 'summarise', 'markdown_table', 'update_readme', 'write_report', 'main']
 
 BEGIN, END = '<!-- results:begin -->', '<!-- results:end -->'
-
-
-# Arguments that say where, when and how fast a run was made, not what was trained.
-_NOT_OVERRIDES = HOST_ARGS | {
-    'recipe', 'model', 'seed', 'output', 'experiment', 'dataset', 'data_dir', 'input_key', 'validation_batch_size',
-    'channels_last', 'grad_checkpointing', 'torchcompile', 'sync_bn', 'dist_bn', 'num_classes', 'mean', 'std',
-    'batch_size', 'grad_accum_steps'}
-
-
-@dataclasses.dataclass(frozen=True)
-class RunResult:
-    """One finished run: a row of results.csv.
-
-    Accuracies are in percent on the test split: top1 and top5 of the last epoch's weights or, where images were held
-    out, of those chosen on them; best_top1 of the best epoch. Times are in seconds.
-    """
-    run: str
-    model: str
-    tag: str
-    recipe: str
-    overrides: str
-    dataset: str
-    params: int
-    macs: int
-    seed: int
-    epochs: int
-    epochs_trained: int
-    hold_out: int
-    ema: bool
-    top1: float
-    top5: float
-    best_top1: float
-    best_epoch: int
-    images_per_second: float
-    wall_time: float
-    hardware: str
-    versions: str
-    commit: str
-
-    @classmethod
-    def from_mapping(cls, values: Mapping[str, Any]) -> RunResult:
-        """Makes a result of JSON values or CSV text; fields that are not there come out empty (NaN, '', 0, False).
-
-        Raises:
-            ValueError: If the model, seed, epochs or top-1 is missing, or a value is not what it should be.
-        """
-        missing = [name for name in ('model', 'seed', 'epochs', 'top1') if values.get(name) in (None, '')]
-        if missing:
-            raise ValueError(f'{", ".join(missing)} not given')
-        result = cls(**{field.name: _parse(field, values.get(field.name)) for field in dataclasses.fields(cls)})
-        for name in ('top1', 'top5', 'best_top1'):
-            if not (math.isnan(getattr(result, name)) or 0 <= getattr(result, name) <= 100):
-                raise ValueError(f'{name} must be a percentage, got {getattr(result, name)}')
-        if math.isnan(result.top1):
-            raise ValueError('top1 is not a number')
-        return result
-
-    def to_row(self) -> list[str]:
-        """The values as CSV text, in order of the fields."""
-        return [_format(getattr(self, field.name)) for field in dataclasses.fields(self)]
-
-
-COLUMNS = tuple(field.name for field in dataclasses.fields(RunResult))
-
-
-def _parse(field: dataclasses.Field, value: Any) -> Any:
-    try:
-        if field.type == 'str':
-            if isinstance(value, Mapping):
-                return ', '.join(f'{key} {item}' for key, item in value.items())
-            return '' if value is None else str(value)
-        if field.type == 'bool':
-            return {'true': True, 'false': False, '': False, 'none': False}[str(value).lower()]
-        if field.type == 'int':
-            return 0 if value in (None, '') else int(value)
-        return math.nan if value in (None, '') else float(value)
-    except (KeyError, TypeError, ValueError):
-        raise ValueError(f'{field.name} must be of type {field.type}, got {value!r}') from None
-
-
-def _format(value: Any) -> str:
-    if isinstance(value, float):
-        return '' if math.isnan(value) else f'{value:.2f}'
-    return str(value)
-
-
-def read_run(run_dir: str | Path) -> RunResult:
-    """Reads the `result.json` of a finished run.
-
-    Raises:
-        ValueError: Saying what is wrong with the folder.
-    """
-    run_dir = Path(run_dir)
-    path = run_dir / 'result.json'
-    if not run_dir.is_dir():
-        raise ValueError('no such folder')
-    if not path.is_file():
-        raise ValueError(_why_unfinished(run_dir))
-    try:
-        values = json.loads(path.read_text(encoding='utf-8'))
-        args = yaml.safe_load((run_dir / ARGS_FILE).read_text(encoding='utf-8'))
-    except (OSError, ValueError, yaml.YAMLError) as e:
-        raise ValueError(f'result.json or {ARGS_FILE} cannot be read: {" ".join(str(e).split())}') from None
-    if not isinstance(values, dict) or not isinstance(args, dict):
-        raise ValueError(f'result.json or {ARGS_FILE} is not a mapping')
-    try:
-        return RunResult.from_mapping(_flatten(run_dir.resolve().name, values, args))
-    except ValueError as e:
-        raise ValueError(f'result.json: {e}') from None
-
-
-def _flatten(run: str, values: Mapping[str, Any], args: Mapping[str, Any]) -> dict[str, Any]:
-    """The columns of results.csv from a run's result.json and args.yaml."""
-    recipe, dataset = values.get('recipe') or '', str(values.get('dataset') or '').rstrip('/').rpartition('/')[2]
-    world_size = values.get('world_size') or 1
-    return {
-        **values,
-        'run': run,
-        'tag': f'{"deck" if recipe in DECK else recipe_name(recipe)}_c100' if recipe and dataset == 'cifar100' else '',
-        'recipe': recipe_name(recipe),
-        'overrides': _overrides(recipe, args, world_size),
-        'dataset': dataset,
-        'epochs': args.get('epochs'),
-        'epochs_trained': values.get('epochs'),
-        'top1': values.get('test_top1'),
-        'top5': values.get('test_top5'),
-        # With images held out, the best epoch was found on those and not on the test split.
-        'best_top1': None if values.get('hold_out') else values.get('best_top1'),
-        'wall_time': values.get('train_seconds'),
-        'hardware': f'{world_size} x {values.get("hardware")}',
-    }
-
-
-def _overrides(recipe: str, args: Mapping[str, Any], world_size: int) -> str:
-    """What a run was given beyond its recipe, or without one beyond the defaults, as `name=value` words."""
-    expected = vars(build_parser().parse_args([]))
-    # Of a recipe whose file is not here any more it is not known what stands in it: its runs show all they were given.
-    if recipe in list_recipes() or Path(recipe).is_file():
-        expected |= load_recipe(recipe)
-    args = {**args, 'model_kwargs': public_model_kwargs(args.get('model_kwargs') or {})}
-    # A path is not told: that weights were given is. Spaces stand between words only.
-    words = [
-        name if is_place(name, args[name]) else f'{name}={args[name]}'.replace(' ', '') for name in sorted(args)
-        if name in expected and name not in _NOT_OVERRIDES and args[name] != expected[name]]
-    if args.get('pretrained') and _tag(args['model']) != _tag(expected['model']):
-        words.append(f'model={args["model"]}')
-    batch = args.get('batch_size', 0) * args.get('grad_accum_steps', 1) * world_size
-    if batch != expected['batch_size'] * expected['grad_accum_steps']:
-        words.append(f'batch={batch}')
-    return ' '.join(words)
-
-
-def _tag(model: str) -> str:
-    """The weights that a model's name stands for."""
-    return split_model_name_tag(model)[1]
-
-
-def _why_unfinished(run_dir: Path) -> str:
-    try:
-        epoch = read_summary(run_dir / 'summary.csv')['epoch'][-1]
-    except (OSError, ValueError):
-        if (run_dir / ARGS_FILE).is_file():
-            return 'the run has not finished its first epoch'
-        return 'not a run folder (neither result.json nor summary.csv)'
-    return f'the run has not finished (no result.json; last epoch {epoch:.0f})'
-
-
-def read_results(path: str | Path) -> list[RunResult]:
-    """Reads results.csv.
-
-    Raises:
-        ValueError: If it cannot be read, a column is missing or a value is not what it should be.
-    """
-    try:
-        with open(path, newline='', encoding='utf-8') as f:
-            reader = csv.DictReader(f)
-            missing = [name for name in COLUMNS if name not in (reader.fieldnames or [])]
-            if missing:
-                raise ValueError(f'{path}: no column {", ".join(missing)}')
-            rows = list(reader)
-    except OSError as e:
-        raise ValueError(f'{path}: {e.strerror}') from None
-    results = []
-    for line, row in enumerate(rows, start=2):
-        try:
-            results.append(RunResult.from_mapping(row))
-        except ValueError as e:
-            raise ValueError(f'{path}, line {line}: {e}') from None
-    return results
-
-
-def write_results(path: str | Path, results: Iterable[RunResult]) -> None:
-    """Writes results.csv, one row a run, in the order of the table."""
-    ordered = sorted(results, key=lambda result: (*_order(result.recipe), result.model, result.seed, result.run))
-    write_csv(path, COLUMNS, (result.to_row() for result in ordered))
-
-
-def merge_results(old: Iterable[RunResult], new: Iterable[RunResult]) -> list[RunResult]:
-    """Old results and new ones; a new one takes the place of an old one of the same run.
-
-    Raises:
-        ValueError: If two runs of one name are not of the same model, recipe and seed, or both are new.
-    """
-    merged = {result.run: result for result in old}
-    taken = set()
-    for result in new:
-        before = merged.get(result.run, result)
-        if result.run in taken or (result.model, result.recipe, result.seed) != (
-                before.model, before.recipe, before.seed):
-            raise ValueError(
-                f'two runs are named {result.run}, of {before.model} ({before.recipe}, seed {before.seed}) and of '
-                f'{result.model} ({result.recipe}, seed {result.seed}): rename the folder of one')
-        taken.add(result.run)
-        merged[result.run] = result
-    return list(merged.values())
-
-
-def _order(recipe: str) -> tuple[int, str]:
-    names = list(DECK)
-    return (names.index(recipe) if recipe in names else len(names)), recipe
 
 
 class Row(NamedTuple):
@@ -324,7 +71,7 @@ def summarise(results: Iterable[RunResult]) -> list[Row]:
     """One row for all runs that differ only in their seed, in the deck's order, then the other recipes."""
     groups: dict[tuple, list[RunResult]] = {}
     for run in results:
-        key = (*_order(run.recipe), run.dataset, run.model, run.overrides, run.epochs, run.hold_out, run.ema)
+        key = (*table_order(run.recipe), run.dataset, run.model, run.overrides, run.epochs, run.hold_out, run.ema)
         groups.setdefault(key, []).append(run)
     return [Row(tuple(sorted(groups[key], key=lambda run: run.seed))) for key in sorted(groups)]
 
@@ -379,7 +126,7 @@ def write_report_csv(path: str | Path, rows: Sequence[Row]) -> None:
         shared = [getattr(row.runs[0], name) for name in same]
         moments = [moment(row.values(name)) for name in figures for moment in (statistics.fmean, _spread)]
         deck = (row.deck.name, row.deck.top1, row.difference) if row.deck else ('', '', '')
-        lines.append([_format(value) for value in (*shared, len(row.runs), *moments, *deck)])
+        lines.append([csv_value(value) for value in (*shared, len(row.runs), *moments, *deck)])
     write_csv(path, header, lines)
 
 

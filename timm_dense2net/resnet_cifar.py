@@ -32,7 +32,8 @@ from timm.models.res2net import Bottle2neck
 from timm.models.resnet import Bottleneck, ResNet
 from timm.models.resnetv2 import ResNetV2
 
-from .dense2net import CIFAR100_MEAN, CIFAR100_STD, find_norm_act_layer
+from .cifar import CIFAR100_MEAN, CIFAR100_STD
+from .dense2net import find_norm_act_layer
 
 __all__ = ['CifarResNet', 'CifarResNetV2', 'PyramidNet']
 

@@ -1,190 +1,243 @@
-"""The final account of a classifier on a test set.
-
-The picture needs matplotlib (`pip install -e '.[train]'`). Without it the figures are still computed and written as
-CSV, and one warning says that no picture was drawn.
-"""
+"""Finished runs as rows of results.csv."""
 from __future__ import annotations
 
+import csv
+import dataclasses
+import json
 import math
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
-import torch
-from timm.utils import accuracy
+import yaml
+from timm.models import split_model_name_tag
 
-from .calibration import check_logits, expected_calibration_error
-from .classes import CIFAR100_CLASSES, CIFAR100_SUPERCLASS_OF, CIFAR100_SUPERCLASSES
-from .figures import new_figure, save_figure
-from .files import write_csv, write_json
+from .curves import read_summary
+from .deck import DECK
+from .errors import one_line
+from .files import write_csv
+from .options import (
+    ARGS_FILE, HOST_ARGS, build_parser, is_place, list_recipes, load_recipe, public_model_kwargs, recipe_name)
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
+__all__ = ['COLUMNS', 'RunResult', 'read_run', 'read_results', 'write_results', 'merge_results', 'table_order']
 
-__all__ = ['write_final_report']
+# Arguments that say where, when and how fast a run was made, not what was trained.
+_NOT_OVERRIDES = HOST_ARGS | {
+    'recipe', 'model', 'seed', 'output', 'experiment', 'dataset', 'data_dir', 'input_key', 'validation_batch_size',
+    'channels_last', 'grad_checkpointing', 'torchcompile', 'sync_bn', 'dist_bn', 'num_classes', 'mean', 'std',
+    'batch_size', 'grad_accum_steps'}
 
-_GREY = '#555555'
+
+@dataclasses.dataclass(frozen=True)
+class RunResult:
+    """One finished run: a row of results.csv.
+
+    Accuracies are in percent on the test split: top1 and top5 of the last epoch's weights or, where images were held
+    out, of those chosen on them; best_top1 of the best epoch. Times are in seconds.
+    """
+    run: str
+    model: str
+    tag: str
+    recipe: str
+    overrides: str
+    dataset: str
+    params: int
+    macs: int
+    seed: int
+    epochs: int
+    epochs_trained: int
+    hold_out: int
+    ema: bool
+    top1: float
+    top5: float
+    best_top1: float
+    best_epoch: int
+    images_per_second: float
+    wall_time: float
+    hardware: str
+    versions: str
+    commit: str
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any]) -> RunResult:
+        """Makes a result of JSON values or CSV text; fields that are not there come out empty (NaN, '', 0, False).
+
+        Raises:
+            ValueError: If the model, seed, epochs or top-1 is missing, or a value is not what it should be.
+        """
+        missing = [name for name in ('model', 'seed', 'epochs', 'top1') if values.get(name) in (None, '')]
+        if missing:
+            raise ValueError(f'{", ".join(missing)} not given')
+        result = cls(**{field.name: _parse(field, values.get(field.name)) for field in dataclasses.fields(cls)})
+        for name in ('top1', 'top5', 'best_top1'):
+            if not (math.isnan(getattr(result, name)) or 0 <= getattr(result, name) <= 100):
+                raise ValueError(f'{name} must be a percentage, got {getattr(result, name)}')
+        if math.isnan(result.top1):
+            raise ValueError('top1 is not a number')
+        return result
+
+    def to_row(self) -> list[str]:
+        """The values as CSV text, in order of the fields."""
+        return [csv_value(getattr(self, field.name)) for field in dataclasses.fields(self)]
 
 
-def write_final_report(
-        run_dir: str | os.PathLike[str],
-        logits: torch.Tensor,
-        targets: torch.Tensor,
-        class_names: Sequence[str],
-) -> dict[str, float]:
-    """Writes the final account of a classifier on a test set.
+COLUMNS = tuple(field.name for field in dataclasses.fields(RunResult))
 
-    Files: `report.json` (the figures returned), `per_class.csv`, `per_superclass.csv` (of CIFAR-100's classes),
-    `confusion_matrix.csv` (rows true, columns predicted, counts) and `confusion_matrix.png`.
 
-    Args:
-        run_dir: Folder to write to.
-        logits: (N, C) unnormalised scores.
-        targets: (N,) class indices.
-        class_names: C names.
+def _parse(field: dataclasses.Field, value: Any) -> Any:
+    try:
+        if field.type == 'str':
+            if isinstance(value, Mapping):
+                return ', '.join(f'{key} {item}' for key, item in value.items())
+            return '' if value is None else str(value)
+        if field.type == 'bool':
+            return {'true': True, 'false': False, '': False, 'none': False}[str(value).lower()]
+        if field.type == 'int':
+            return 0 if value in (None, '') else int(value)
+        return math.nan if value in (None, '') else float(value)
+    except (KeyError, TypeError, ValueError):
+        raise ValueError(f'{field.name} must be of type {field.type}, got {value!r}') from None
 
-    Returns:
-        top1, top5 and superclass_top1 in percent, ece (15 bins) as a fraction, samples.
+
+def csv_value(value: Any) -> str:
+    """A value as text: numbers with two decimals, nothing for NaN."""
+    if isinstance(value, float):
+        return '' if math.isnan(value) else f'{value:.2f}'
+    return str(value)
+
+
+def read_run(run_dir: str | Path) -> RunResult:
+    """Reads the `result.json` of a finished run.
 
     Raises:
-        ValueError: If shapes or names do not fit.
+        ValueError: Saying what is wrong with the folder.
     """
-    check_logits(logits, targets)
-    class_names = tuple(class_names)
-    if len(class_names) != logits.shape[1]:
-        raise ValueError(f'{len(class_names)} class names for {logits.shape[1]} logits')
-    superclass = CIFAR100_SUPERCLASS_OF if class_names == CIFAR100_CLASSES else None
-
     run_dir = Path(run_dir)
-    logits, targets = logits.detach().float().cpu(), targets.cpu()
-    top1, top5 = accuracy(logits, targets, topk=(1, 5))
-    figures = dict(
-        top1=round(top1.item(), 4),
-        top5=round(top5.item(), 4),
-        ece=expected_calibration_error(logits, targets),
-        samples=len(targets),
-    )
-
-    confusion = _confusion_matrix(logits.argmax(dim=1), targets, len(class_names))
-    if superclass:
-        names = CIFAR100_SUPERCLASSES
-        group = torch.tensor([names.index(superclass[name]) for name in class_names])
-        figures['superclass_top1'] = 100. * (group[logits.argmax(dim=1)] == group[targets]).double().mean().item()
-        _write_per_superclass(run_dir / 'per_superclass.csv', confusion, names, group)
-    _write_per_class(run_dir / 'per_class.csv', confusion, class_names, superclass)
-    write_csv(
-        run_dir / 'confusion_matrix.csv',
-        ('true \\ predicted', *class_names),
-        ((name, *row) for name, row in zip(class_names, confusion.tolist())))
-    _draw_confusion_matrix(run_dir / 'confusion_matrix.png', confusion, class_names, superclass, figures['top1'])
-    write_json(run_dir / 'report.json', figures)
-    return figures
+    path = run_dir / 'result.json'
+    if not run_dir.is_dir():
+        raise ValueError('no such folder')
+    if not path.is_file():
+        raise ValueError(_why_unfinished(run_dir))
+    try:
+        values = json.loads(path.read_text(encoding='utf-8'))
+        args = yaml.safe_load((run_dir / ARGS_FILE).read_text(encoding='utf-8'))
+    except (OSError, ValueError, yaml.YAMLError) as e:
+        raise ValueError(f'result.json or {ARGS_FILE} cannot be read: {one_line(e)}') from None
+    if not isinstance(values, dict) or not isinstance(args, dict):
+        raise ValueError(f'result.json or {ARGS_FILE} is not a mapping')
+    try:
+        return RunResult.from_mapping(_flatten(run_dir.resolve().name, values, args))
+    except ValueError as e:
+        raise ValueError(f'result.json: {e}') from None
 
 
-def _confusion_matrix(predicted: torch.Tensor, targets: torch.Tensor, num_classes: int) -> torch.Tensor:
-    """(C, C) counts, rows true, columns predicted."""
-    return torch.bincount(targets * num_classes + predicted, minlength=num_classes ** 2).view(num_classes, -1)
+def _flatten(run: str, values: Mapping[str, Any], args: Mapping[str, Any]) -> dict[str, Any]:
+    """The columns of results.csv from a run's result.json and args.yaml."""
+    recipe, dataset = values.get('recipe') or '', str(values.get('dataset') or '').rstrip('/').rpartition('/')[2]
+    world_size = values.get('world_size') or 1
+    return {
+        **values,
+        'run': run,
+        'tag': f'{"deck" if recipe in DECK else recipe_name(recipe)}_c100' if recipe and dataset == 'cifar100' else '',
+        'recipe': recipe_name(recipe),
+        'overrides': _overrides(recipe, args, world_size),
+        'dataset': dataset,
+        'epochs': args.get('epochs'),
+        'epochs_trained': values.get('epochs'),
+        'top1': values.get('test_top1'),
+        'top5': values.get('test_top5'),
+        # With images held out, the best epoch was found on those and not on the test split.
+        'best_top1': None if values.get('hold_out') else values.get('best_top1'),
+        'wall_time': values.get('train_seconds'),
+        'hardware': f'{world_size} x {values.get("hardware")}',
+    }
 
 
-def _percent(part: float, whole: float) -> str:
-    return f'{100. * part / whole:.2f}' if whole else ''
+def _overrides(recipe: str, args: Mapping[str, Any], world_size: int) -> str:
+    """What a run was given beyond its recipe, or without one beyond the defaults, as `name=value` words."""
+    expected = vars(build_parser().parse_args([]))
+    # Of a recipe whose file is not here any more it is not known what stands in it: its runs show all they were given.
+    if recipe in list_recipes() or Path(recipe).is_file():
+        expected |= load_recipe(recipe)
+    args = {**args, 'model_kwargs': public_model_kwargs(args.get('model_kwargs') or {})}
+    # A path is not told: that weights were given is. Spaces stand between words only.
+    words = [
+        name if is_place(name, args[name]) else f'{name}={args[name]}'.replace(' ', '') for name in sorted(args)
+        if name in expected and name not in _NOT_OVERRIDES and args[name] != expected[name]]
+    if args.get('pretrained') and _tag(args['model']) != _tag(expected['model']):
+        words.append(f'model={args["model"]}')
+    batch = args.get('batch_size', 0) * args.get('grad_accum_steps', 1) * world_size
+    if batch != expected['batch_size'] * expected['grad_accum_steps']:
+        words.append(f'batch={batch}')
+    return ' '.join(words)
 
 
-def _write_per_class(
-        path: Path,
-        confusion: torch.Tensor,
-        class_names: Sequence[str],
-        superclass: Mapping[str, str] | None,
-) -> None:
-    rows = []
-    for index, name in enumerate(class_names):
-        row = confusion[index].clone()
-        count, correct = int(row.sum()), int(row[index])
-        row[index] = 0
-        wrong = class_names[int(row.argmax())] if row.any() else ''
-        rows.append((
-            name, superclass[name] if superclass else '', count, correct, _percent(correct, count),
-            wrong, int(row.max())))
-    header = ('class', 'superclass', 'samples', 'correct', 'accuracy', 'most_mistaken_for', 'mistaken')
-    write_csv(path, header, rows)
+def _tag(model: str) -> str:
+    """The weights that a model's name stands for."""
+    return split_model_name_tag(model)[1]
 
 
-def _write_per_superclass(path: Path, confusion: torch.Tensor, names: Sequence[str], group: torch.Tensor) -> None:
-    """Two accuracies of a superclass's images: the class itself was found, and some class of the superclass was."""
-    rows = []
-    for index, name in enumerate(names):
-        members = (group == index).nonzero().flatten()
-        count = int(confusion[members].sum())
-        class_correct = int(confusion.diagonal()[members].sum())
-        superclass_correct = int(confusion[members][:, members].sum())
-        rows.append((name, count, _percent(class_correct, count), _percent(superclass_correct, count)))
-    write_csv(path, ('superclass', 'samples', 'class_accuracy', 'superclass_accuracy'), rows)
+def _why_unfinished(run_dir: Path) -> str:
+    try:
+        epoch = read_summary(run_dir / 'summary.csv')['epoch'][-1]
+    except (OSError, ValueError):
+        if (run_dir / ARGS_FILE).is_file():
+            return 'the run has not finished its first epoch'
+        return 'not a run folder (neither result.json nor summary.csv)'
+    return f'the run has not finished (no result.json; last epoch {epoch:.0f})'
 
 
-def _draw_confusion_matrix(
-        path: Path,
-        confusion: torch.Tensor,
-        class_names: Sequence[str],
-        superclass: Mapping[str, str] | None,
-        top1: float,
-) -> None:
-    """Heat map of each true class's predictions in percent, classes of a superclass side by side."""
-    num_classes = len(class_names)
-    side = min(max(4., 0.15 * num_classes), 24.)
-    # Room for class names of 8 points, about 0.07 inches a letter, and the axes' titles.
-    left = bottom = 0.5 + 0.07 * max(map(len, class_names))
-    right, top = 1.5, 2.4 if superclass else 0.7
-    width, height = left + side + right, bottom + side + top
-    figure = new_figure(width, height)
-    if figure is None:
-        return
-    from matplotlib.colors import PowerNorm
+def read_results(path: str | Path) -> list[RunResult]:
+    """Reads results.csv.
 
-    # Axes are placed by hand: the automatic layout does not make room for a second axis' slanted labels.
-    figure.set_layout_engine('none')
-    axes = figure.add_axes((left / width, bottom / height, side / width, side / height))
-    bar = figure.add_axes(
-        ((left + side + 0.3) / width, (bottom + 0.2 * side) / height, 0.25 / width, 0.6 * side / height))
-
-    order = list(range(num_classes))
-    if superclass:
-        order.sort(key=lambda index: (superclass[class_names[index]], class_names[index]))
-    share = 100. * confusion.double() / confusion.sum(dim=1, keepdim=True).clamp(min=1)
-    share[share == 0] = math.nan
-    # The square root lets the rare confusions be seen beside a diagonal that is ten times as strong; never is white.
-    image = axes.imshow(share[order][:, order].numpy(), cmap='magma_r', norm=PowerNorm(0.5, vmin=0, vmax=100))
-    if num_classes <= 160:
-        names = [class_names[index].replace('_', ' ') for index in order]
-        axes.set_xticks(range(num_classes), names, rotation=90, fontsize=8)
-        axes.set_yticks(range(num_classes), names, fontsize=8)
-    axes.tick_params(length=2, color=_GREY)
-    axes.set_xlabel('predicted class', fontsize=11)
-    axes.set_ylabel('true class', fontsize=11)
-    if superclass:
-        _mark_superclasses(axes, [superclass[class_names[index]] for index in order])
-    figure.colorbar(image, cax=bar, ticks=[0, 1, 5, 10, 25, 50, 75, 100]).set_label(
-        "share of the true class's images (%), square-root scale")
-    figure.suptitle(
-        f'Confusion matrix, {int(confusion.sum()):,} images, top-1 {top1:.2f} %', x=(left + side / 2) / width,
-        y=1 - 0.2 / height, va='top', fontsize=13)
-    save_figure(figure, path, dpi=90)
+    Raises:
+        ValueError: If it cannot be read, a column is missing or a value is not what it should be.
+    """
+    try:
+        with open(path, newline='', encoding='utf-8') as f:
+            reader = csv.DictReader(f)
+            missing = [name for name in COLUMNS if name not in (reader.fieldnames or [])]
+            if missing:
+                raise ValueError(f'{path}: no column {", ".join(missing)}')
+            rows = list(reader)
+    except OSError as e:
+        raise ValueError(f'{path}: {e.strerror}') from None
+    results = []
+    for line, row in enumerate(rows, start=2):
+        try:
+            results.append(RunResult.from_mapping(row))
+        except ValueError as e:
+            raise ValueError(f'{path}, line {line}: {e}') from None
+    return results
 
 
-def _mark_superclasses(axes: Axes, groups: Sequence[str]) -> None:
-    """Frames each superclass on the diagonal and names it along the upper edge."""
-    from matplotlib.patches import Rectangle
+def write_results(path: str | Path, results: Iterable[RunResult]) -> None:
+    """Writes results.csv, one row a run, in the order of the table."""
+    ordered = sorted(results, key=lambda result: (*table_order(result.recipe), result.model, result.seed, result.run))
+    write_csv(path, COLUMNS, (result.to_row() for result in ordered))
 
-    starts = [index for index, name in enumerate(groups) if index == 0 or groups[index - 1] != name]
-    centres = []
-    for start, end in zip(starts, [*starts[1:], len(groups)]):
-        axes.add_patch(Rectangle(
-            (start - 0.5, start - 0.5), end - start, end - start, fill=False, edgecolor='#0072B2', linewidth=1.2))
-        centres.append((start + end - 1) / 2)
-    for start in starts[1:]:
-        axes.axhline(start - 0.5, color='#cccccc', linewidth=0.4)
-        axes.axvline(start - 0.5, color='#cccccc', linewidth=0.4)
-    names = [groups[start].replace('_', ' ') for start in starts]
-    upper = axes.secondary_xaxis('top')
-    upper.set_xticks(centres, names, rotation=45, ha='left', fontsize=9)
-    upper.tick_params(length=3, color=_GREY)
+
+def merge_results(old: Iterable[RunResult], new: Iterable[RunResult]) -> list[RunResult]:
+    """Old results and new ones; a new one takes the place of an old one of the same run.
+
+    Raises:
+        ValueError: If two runs of one name are not of the same model, recipe and seed, or both are new.
+    """
+    merged = {result.run: result for result in old}
+    taken = set()
+    for result in new:
+        before = merged.get(result.run, result)
+        if result.run in taken or (result.model, result.recipe, result.seed) != (
+                before.model, before.recipe, before.seed):
+            raise ValueError(
+                f'two runs are named {result.run}, of {before.model} ({before.recipe}, seed {before.seed}) and of '
+                f'{result.model} ({result.recipe}, seed {result.seed}): rename the folder of one')
+        taken.add(result.run)
+        merged[result.run] = result
+    return list(merged.values())
+
+
+def table_order(recipe: str) -> tuple[int, str]:
+    """Key that sorts recipes: the deck's in its order, then the others by name."""
+    names = list(DECK)
+    return (names.index(recipe) if recipe in names else len(names)), recipe

@@ -20,15 +20,16 @@ import yaml
 from timm.models import get_arch_name, is_model, safe_model_name
 from timm.utils import trim_summary, unfreeze, update_summary
 
-from .build import RunData, build_loader, environment, source_commit
+from .build import RunData, build_loader
 from .checkpoint import CHECKPOINT_FILE, PREVIOUS_FILE, load_state, load_weights, read_state_bytes
 from .counts import count_macs, count_params
 from .curves import update_curves
 from .distributed import Processes
 from .engine import predict
+from .environment import environment, source_commit
 from .files import LEFTOVERS, replace_file, write_json, write_text
+from .final_report import write_final_report
 from .options import ARGS_FILE, public_args, saved_args
-from .results import write_final_report
 from .trainer import Trainer
 
 __all__ = ['RunFolder', 'read_resumed_state', 'write_run_results']
@@ -153,7 +154,7 @@ def write_run_results(args: argparse.Namespace, data: RunData, trainer: Trainer)
     figures = write_final_report(folder, logits, targets, data.test.class_names)
     # Frozen norms hold their weights as buffers, which would not be counted.
     unfreeze(model)
-    world_size, train_seconds = trainer.processes.world_size, trainer.seconds['train']
+    world_size = trainer.processes.world_size
     images = trainer.epoch * len(trainer.train_loader) * args.batch_size * world_size
     public = public_args(saved_args(args), args.model)
     result = dict(
@@ -176,7 +177,7 @@ def write_run_results(args: argparse.Namespace, data: RunData, trainer: Trainer)
         best_top1=trainer.best['top1'],
         best_epoch=trainer.best['epoch'],
         train_seconds=trainer.seconds['total'],
-        images_per_second=images / train_seconds,
+        images_per_second=images / trainer.seconds['train'],
         batch_size=args.batch_size,
         world_size=world_size,
         **environment(trainer.device),

@@ -14,18 +14,18 @@ from safetensors import SafetensorError
 from timm.data import resolve_data_config
 
 from .checkpoint import load_weights
-from .classes import CIFAR100_CLASSES
+from .cifar import CIFAR100_CLASSES
 from .convert import METADATA_KEY, reapply_conversion
 from .data import load_images
 from .errors import one_line
 from .hub import LOAD_ERRORS, check_weights, explain_hub_error
 from .images import PREPROCESSING, Images
-from .meta import forward_on_meta
+from .meta import check_input
 from .names import check_model_name
 
 __all__ = [
     'TrainedModel', 'load_trained', 'load_pretrained_model', 'load_checkpoint_model', 'load_test_split', 'check_fits',
-    'check_input', 'tested_weights', 'weights_file', 'weights_shape', 'weights_config']
+    'tested_weights', 'weights_file', 'weights_shape', 'weights_config']
 
 
 @dataclass(frozen=True)
@@ -147,33 +147,6 @@ def _check_classes(trained: TrainedModel, images: Images) -> None:
     for index, names in enumerate(zip(trained.class_names, images.class_names)):
         if names[0] != names[1]:
             raise ValueError(f"class {index} is '{names[0]}' of {trained.name} and '{names[1]}' of the data")
-
-
-def check_input(model: nn.Module, name: str, image_shape: Sequence[int]) -> None:
-    """Checks that a model takes images of a shape, by one that runs through it on the meta device.
-
-    Args:
-        model: The model.
-        name: What it is called in the message.
-        image_shape: Channels, height and width.
-
-    Raises:
-        ValueError: If it does not.
-    """
-    try:
-        forward_on_meta(model, tuple(image_shape))
-    except (AssertionError, IndexError, RuntimeError, TypeError, ValueError) as e:
-        shape = 'x'.join(map(str, image_shape))
-        raise ValueError(f'{name} does not take images of {shape} ({one_line(e)}){_own_size(model)}') from e
-
-
-def _own_size(model: nn.Module) -> str:
-    """For a message, the size that a model is made for, if it is for one only."""
-    cfg = getattr(model, 'pretrained_cfg', {})
-    if not cfg.get('fixed_input_size'):
-        return ''
-    height, width = getattr(getattr(model, 'patch_embed', None), 'img_size', None) or cfg['input_size'][1:]
-    return f'; it is made for {height}x{width} (--img-size {height})'
 
 
 def check_fits(trained: TrainedModel, images: Images) -> None:

@@ -14,10 +14,10 @@ from timm.utils import update_summary
 
 from timm_dense2net import curves
 from timm_dense2net.calibration import expected_calibration_error, fit_temperature
-from timm_dense2net.classes import CIFAR100_CLASSES, CIFAR100_SUPERCLASS_OF, CIFAR100_SUPERCLASSES
+from timm_dense2net.cifar import CIFAR100_CLASSES, CIFAR100_SUPERCLASS_OF, CIFAR100_SUPERCLASSES
 from timm_dense2net.curves import read_summary, update_curves
 from timm_dense2net.files import LEFTOVERS, replace_file
-from timm_dense2net.results import write_final_report
+from timm_dense2net.final_report import write_final_report
 
 CIFAR100 = Path(__file__).parents[1] / '../shared/cifar100'
 
@@ -293,7 +293,7 @@ import sys
 sys.modules['matplotlib'] = None
 import torch
 from timm_dense2net.curves import update_curves
-from timm_dense2net.results import write_final_report
+from timm_dense2net.final_report import write_final_report
 print(update_curves({str(tmp_path)!r}), update_curves({str(tmp_path)!r}))
 write_final_report({str(tmp_path)!r}, torch.eye(3), torch.arange(3), ['a', 'b', 'c'])
 '''

@@ -1,12 +1,18 @@
-"""CIFAR-100's 100 classes and 20 superclasses, by name.
+"""CIFAR-100: its 100 classes and 20 superclasses, by name, and the statistics of its training images.
 
-From https://www.cs.toronto.edu/~kriz/cifar.html (A. Krizhevsky, "Learning Multiple Layers of Features from Tiny
-Images", 2009). Class and superclass indices are the alphabetical positions of these names, as in the data set's own
-`fine_label` and `coarse_label`.
+The classes are from https://www.cs.toronto.edu/~kriz/cifar.html (A. Krizhevsky, "Learning Multiple Layers of Features
+from Tiny Images", 2009). Class and superclass indices are the alphabetical positions of these names, as in the data
+set's own `fine_label` and `coarse_label`.
 """
 from __future__ import annotations
 
-__all__ = ['CIFAR100_CLASSES', 'CIFAR100_SUPERCLASS_MEMBERS', 'CIFAR100_SUPERCLASSES', 'CIFAR100_SUPERCLASS_OF']
+__all__ = [
+    'CIFAR100_CLASSES', 'CIFAR100_MEAN', 'CIFAR100_STD', 'CIFAR100_SUPERCLASS_MEMBERS', 'CIFAR100_SUPERCLASSES',
+    'CIFAR100_SUPERCLASS_OF']
+
+# Of each channel over all pixels of the training images, in 0..1.
+CIFAR100_MEAN = (0.50707516, 0.48654887, 0.44091784)
+CIFAR100_STD = (0.26733429, 0.25643846, 0.27615047)
 
 CIFAR100_SUPERCLASS_MEMBERS: dict[str, tuple[str, ...]] = {
     'aquatic_mammals': ('beaver', 'dolphin', 'otter', 'seal', 'whale'),
