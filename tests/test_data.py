@@ -236,7 +236,8 @@ def test_damaged_or_missing_torch_cifar100_is_named(small_cifar100):
     content = bytearray((folder / 'train').read_bytes())
     content[len(content) // 2] ^= 1
     (folder / 'train').write_bytes(content)
-    with pytest.raises(FileNotFoundError, match='torch/cifar100: not found in .*, or damaged .*--dataset-download'):
+    message = 'torch/cifar100: not found in .*, or damaged .*--dataset-download.* images is named by --dataset'
+    with pytest.raises(FileNotFoundError, match=message):
         load_arrays('torch/cifar100', 'train', data_dir=str(root))
     with pytest.raises(FileNotFoundError, match='torch/cifar100: not found'):
         load_arrays('torch/cifar100', 'train', data_dir=str(root / 'elsewhere'))

@@ -68,7 +68,7 @@ PYTHON_VALUES = [
     ("timm.create_model('resnet50')", "timm.create_model('resnet18')"),
     ("'--recipe', 'nano', '--experiment', 'mine'", f"*{SMALL}, '--experiment', 'mine'"),
     ("'hf-hub:OWNER/NAME'", "'local-dir:output/RUN/hub'"),
-    ("hf_hub_id='OWNER/NAME', file=None", "file='output/RUN/hub/model.safetensors', num_classes=10"),
+    ("hf_hub_id='OWNER/NAME'", "file='output/RUN/hub/model.safetensors', num_classes=10"),
     ("'dense2net121_s8', pretrained=True, pretrained_cfg_overlay", (
         "'dense2net40_k12_s4', block_config=(1, 1, 1), pretrained=True, pretrained_cfg_overlay")),
     ('build_demo().launch()', 'build_demo()'),

@@ -13,8 +13,9 @@ from timm_dense2net import packaged
 from timm_dense2net.checkpoint import load_weights, save_weights
 from timm_dense2net.cifar import CIFAR100_CLASSES
 from timm_dense2net.evaluate import main as evaluate_main
-from timm_dense2net.options import PLACES
+from timm_dense2net.options import is_place
 from timm_dense2net.package import package_run
+from timm_dense2net.trained import load_trained
 
 ROOT = Path(__file__).parent.parent
 CIFAR100 = ROOT.parent / 'shared' / 'cifar100'
@@ -56,7 +57,7 @@ def test_weights_load_exactly_and_are_half_precision(name):
 def test_metadata_tell_nothing_of_the_machine(name):
     metadata = load_weights(packaged.packaged_file(name))[1]
     assert metadata['dataset'] == 'cifar100'
-    assert not PLACES & json.loads(metadata['args']).keys()
+    assert not any(is_place(key, value) for key, value in json.loads(metadata['args']).items())
 
 
 def test_weights_adapt_to_other_heads_and_inputs():
@@ -77,6 +78,7 @@ def test_best_packaged_weights_are_those_of_the_highest_top1():
         rows = [row for row in csv.DictReader(f) if row['dataset'] == 'cifar100']
     best = max(rows, key=lambda row: float(row['top1']))
     assert packaged.BEST_PACKAGED == f'{best["model"]}.{best["tag"]}'
+    assert f'`{packaged.BEST_PACKAGED}`, have {best["top1"]} % top-1' in (ROOT / 'README.md').read_text()
 
 
 def test_a_name_without_weights_says_so():
@@ -92,6 +94,18 @@ def test_own_weights_by_overlay(tmp_path):
         'dense2net40_k12_s4', pretrained=True, num_classes=7,
         pretrained_cfg_overlay=dict(file=str(tmp_path / 'own.safetensors'), num_classes=7))
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), own.state_dict().values()))
+
+
+def test_an_overlay_with_weights_elsewhere_goes_before_the_packaged_ones():
+    for source in (dict(hf_hub_id='owner/name'), dict(url='https://example.org/x.safetensors')):
+        cfg = timm.create_model(NAME, pretrained_cfg_overlay=source).pretrained_cfg
+        assert not cfg.get('file') and source.items() <= cfg.items()
+
+
+def test_random_weights_in_a_folder_have_no_class_names(tmp_path):
+    timm.models.save_for_hf(timm.create_model(NAME), str(tmp_path / 'own'), safe_serialization=True)
+    assert load_trained(f'local-dir:{tmp_path}/own').class_names is None
+    assert load_trained(f'{NAME}.small_c100').class_names == CIFAR100_CLASSES
 
 
 def test_damaged_weights_are_refused(tmp_path, monkeypatch, no_cache):

@@ -192,6 +192,7 @@ def test_hub_folder_loads_with_timm(run, capsys):
     assert tuple(config['mean']) == (0.5, 0.4, 0.3) and tuple(config['std']) == (0.3, 0.2, 0.1)
     assert config['crop_pct'] == 1. and config['input_size'] == (3, 32, 32)
     assert tuple(model.pretrained_cfg['label_names']) == CIFAR100_CLASSES
+    assert not model.pretrained_cfg['tag']  # the run has no recipe
     assert timm.create_model(f'local-dir:{folder}', pretrained=True, num_classes=5).num_classes == 5
 
 
@@ -366,7 +367,7 @@ def test_a_pushed_run_is_loaded_back_by_name_and_by_the_cfgs_id(hub, run, publis
     assert online_worker('create', f'hf-hub:{REPO}')[0] == published
     assert online_worker('load', f'hf-hub:{REPO}')[0] == published
     # A cfg without our config.json: the architecture's own, its weights found by hf_hub_id.
-    assert online_worker('create', MODEL, dict(hf_hub_id=REPO, file=None))[0] == published
+    assert online_worker('create', MODEL, dict(hf_hub_id=REPO))[0] == published
 
 
 def test_pushing_again_sends_only_what_changed(hub, run, published, online_worker):

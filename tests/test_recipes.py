@@ -43,7 +43,8 @@ def test_deck_rows(name):
 
 
 def test_defaults_are_the_decks():
-    assert {**vars(parse_args([])), 'recipe': 'deck_dense2net'} == vars(parse_args(['--recipe', 'deck_dense2net']))
+    deck = dict(recipe='deck_dense2net', early_stop_patience=25)
+    assert vars(parse_args([])) | deck == vars(parse_args(['--recipe', 'deck_dense2net']))
 
 
 def test_strong_recipe():
@@ -101,6 +102,7 @@ def test_unknown_recipe_lists_those_there_are(capsys):
     (['--sched', 'cosine', '--warmup-epochs', '5', '--epochs', '5'], ['--warmup-epochs 5', '--epochs 5']),
     (['--eval-only'], ['--eval-only', '--checkpoint', '--pretrained']),
     (['--eval-only', '--checkpoint', 'x', '--recipe', 'short_ft'], ['--eval-only', 'either', '--no-pretrained']),
+    (['--opt', 'adamw', '--opt-betas', '0.9', '1.5'], ['--opt-betas', 'in [0, 1)', '1.5']),
     (['--eval-only', '--pretrained', '--resume', 'x'], ['--resume']),
     (['--eval-only', '--pretrained', '--res2net-scale', '4'], ['--eval-only', '--res2net-scale', 'without weights']),
     (['--eval-only', '--checkpoint', 'x', '--initial-checkpoint', 'y'], ['--initial-checkpoint', '--checkpoint']),

@@ -166,6 +166,11 @@ def run(tmp_path, *more, name='run'):
     return tmp_path / name, log.read_text()
 
 
+def make_trainer(tmp_path, *more):
+    args = parse_args(arguments(tmp_path, *more))
+    return build.build_trainer(args, build.build_data(args), Processes(torch.device('cpu')))
+
+
 def test_evaluation_only(tmp_path, capsys):
     folder, _ = run(tmp_path, '--epochs', '1')
     result = json.loads((folder / 'result.json').read_text())
@@ -206,6 +211,22 @@ def test_plateau_decays_and_training_stops_early(tmp_path):
     assert max(tops[:-4]) >= max(tops[-4:])
     assert float(rows[-1]['lr']) < 1e-6
     assert json.loads((folder / 'result.json').read_text())['epochs'] == len(rows)
+    assert 'Stopped early, after 4 epochs without a better validation top-1' in log
+
+
+def test_only_the_plateau_schedule_stops_early_unasked(tmp_path):
+    for sched, stops in (('plateau', True), ('cosine', False)):
+        trainer = make_trainer(tmp_path, '--sched', sched)
+        assert not trainer.finished
+        trainer.epochs_without_gain = 25
+        assert trainer.finished == stops
+
+
+def test_the_optimizers_own_arguments(tmp_path):
+    trainer = make_trainer(tmp_path, '--opt', 'adamw', '--opt-eps', '1e-6', '--opt-betas', '0.8', '0.95')
+    assert [(group['eps'], group['betas']) for group in trainer.optimizer.param_groups] == [(1e-6, [0.8, 0.95])]
+    with pytest.raises(ValueError, match='--opt momentum: .*betas'):
+        make_trainer(tmp_path, '--opt', 'momentum', '--opt-betas', '0.8', '0.95')
 
 
 def _note_loaders():

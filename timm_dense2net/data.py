@@ -148,7 +148,8 @@ def _open_torch(dataset: str, split: str, data_dir: str | None, download: bool) 
             # torchvision says no more than this, and names an argument of its own.
             raise FileNotFoundError(
                 f'{dataset}: not found in {data_dir}, or damaged there; name the folder that holds it as --data-dir '
-                f'(data_dir), or fetch it with --dataset-download (download=True).') from error
+                f'(data_dir), or fetch it with --dataset-download (download=True); a folder of images is named by '
+                f'--dataset {data_dir}.') from error
         hint = 'check the network, or copy it there' if download else 'make it readable'
         raise FileNotFoundError(f'{dataset}: not found or damaged in {data_dir} ({error}); {hint}.') from error
 

@@ -731,9 +731,12 @@ class Dense2Net(nn.Module):
 
 
 def _create_dense2net(variant: str, pretrained: bool = False, **kwargs) -> Dense2Net:
+    overlay = kwargs.get('pretrained_cfg_overlay') or {}
+    if 'file' not in overlay and (overlay.get('hf_hub_id') or overlay.get('url')):
+        # timm would take the packaged file first.
+        overlay = kwargs['pretrained_cfg_overlay'] = dict(overlay, file=None)
     if pretrained:
-        check_pretrained(resolve_pretrained_cfg(
-            variant, kwargs.get('pretrained_cfg'), kwargs.get('pretrained_cfg_overlay')))
+        check_pretrained(resolve_pretrained_cfg(variant, kwargs.get('pretrained_cfg'), overlay))
     num_features = len(kwargs['block_config']) + 1
     return build_model_with_cfg(
         Dense2Net,

@@ -64,7 +64,8 @@ _RANGES = (
         ('full_size_epoch', 1), ('workers', 0), ('freeze_stages', 0), ('patience_epochs', 0),
         ('cooldown_epochs', 0), ('warmup_epochs', 0), ('num_classes', 1), ('lr', 0), ('warmup_lr', 0), ('min_lr', 0),
         ('weight_decay', 0), ('seed', 0))),
-    *((name, 'above 0', lambda value: value > 0) for name in ('clip_grad', 'decay_rate', 'decay_epochs')),
+    *((name, 'above 0', lambda value: value > 0) for name in ('clip_grad', 'decay_rate', 'decay_epochs', 'opt_eps')),
+    ('opt_betas', 'in [0, 1)', lambda value: all(0 <= beta < 1 for beta in value)),
     *((name, 'in [0, 1)', lambda value: 0 <= value < 1) for name in (
         'smoothing', 'momentum', 'model_ema_decay', 'drop', 'drop_path')),
     ('initial_img_size', 'a multiple of 4 above 0', lambda value: value > 0 and value % 4 == 0),
@@ -172,6 +173,8 @@ def _add_optimization_args(group: argparse._ArgumentGroup) -> None:
     group.add_argument('--epochs', type=int, default=100, metavar='N')
     group.add_argument(
         '--opt', default='momentum', metavar='OPTIMIZER', help="timm's name; 'momentum' is plain SGD, 'sgd' Nesterov's")
+    group.add_argument('--opt-eps', type=float, metavar='EPSILON', help="the optimizer's (its default)")
+    group.add_argument('--opt-betas', type=float, nargs='+', metavar='BETA', help="the optimizer's (its default)")
     group.add_argument('--lr', type=float, default=0.1, metavar='LR')
     group.add_argument('--momentum', type=float, default=0.9, metavar='M')
     group.add_argument(
@@ -195,19 +198,21 @@ def _add_optimization_args(group: argparse._ArgumentGroup) -> None:
     group.add_argument('--cooldown-epochs', type=int, default=0, metavar='N', help=(
         'plateau: epochs after a decay that do not count; cosine, tanh, poly, wsd, rsqrt: epochs at --min-lr after '
         "the schedule's end"))
-    group.add_argument('--early-stop-patience', type=int, default=25, metavar='N', help=(
-        'stop after N epochs without a better validation top-1, 0: never (%(default)s)'))
+    group.add_argument('--early-stop-patience', type=int, metavar='N', help=(
+        'stop after N epochs without a better validation top-1, 0: never (25 with plateau, else 0)'))
 
 
 def _add_augmentation_args(group: argparse._ArgumentGroup) -> None:
-    group.add_argument('--aug', action=_FLAG, default=True, help='--no-aug turns all training augmentation off')
+    group.add_argument('--aug', action=_FLAG, default=True, help=(
+        '--no-aug turns all training augmentation off, mixup and cutmix too'))
     group.add_argument('--hflip', type=float, default=0.5, metavar='P')
     group.add_argument('--crop-padding', type=int, default=4, metavar='N', help='pad by N and crop back at random')
     group.add_argument('--cutout-holes', type=int, default=0, metavar='N')
     group.add_argument('--cutout-length', type=int, default=8, metavar='N')
     group.add_argument('--aa', default='', metavar='NAME', help="AutoAugment policy: 'cifar10' or none")
-    group.add_argument('--mixup', type=float, default=0., metavar='ALPHA')
-    group.add_argument('--cutmix', type=float, default=0., metavar='ALPHA')
+    group.add_argument('--mixup', type=float, default=0., metavar='ALPHA', help=(
+        "alpha, drawn anew for each image as by timm's --mixup-mode elem"))
+    group.add_argument('--cutmix', type=float, default=0., metavar='ALPHA', help='the same')
     group.add_argument('--mixup-prob', type=float, default=1., metavar='P')
     group.add_argument('--mixup-switch-prob', type=float, default=0.5, metavar='P')
     group.add_argument('--mixup-off-epoch', type=int, default=0, metavar='N', help=(

@@ -8,7 +8,9 @@ from timm.models import PretrainedCfg, list_models
 
 from .files import sha256_of
 
-__all__ = ['BEST_PACKAGED', 'packaged_file', 'is_packaged', 'check_pretrained', 'check_packaged', 'read_sums']
+__all__ = [
+    'BEST_PACKAGED', 'packaged_file', 'is_packaged', 'is_packaged_file', 'check_pretrained', 'check_packaged',
+    'read_sums']
 
 # Used where no weights are named: those of the highest top-1.
 BEST_PACKAGED = 'dense2net121_s8.short_ft5_c100'
@@ -25,6 +27,11 @@ def packaged_file(name: str) -> str:
 def is_packaged(name: str | Path) -> bool:
     """Whether there are packaged weights of that name, ``ARCH.TAG``."""
     return f'{name}.safetensors' in read_sums()
+
+
+def is_packaged_file(file: str | Path | None) -> bool:
+    """Whether a pretrained cfg's ``file`` is of packaged weights, all of which are for CIFAR-100."""
+    return bool(file) and Path(file).parent == WEIGHTS_DIR
 
 
 def check_pretrained(cfg: PretrainedCfg) -> None:
@@ -55,9 +62,9 @@ def check_packaged(file: str) -> None:
     Raises:
         RuntimeError: If the file is not there, or is not the one recorded.
     """
-    path = Path(file)
-    if path.parent != WEIGHTS_DIR:
+    if not is_packaged_file(file):
         return
+    path = Path(file)
     if not path.is_file():
         raise RuntimeError(f'packaged weights {path.name} are not there: install timm_dense2net again')
     digest = sha256_of(path)

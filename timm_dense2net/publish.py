@@ -78,9 +78,11 @@ def write_hub_folder(run: Path, repo_id: str, output: Path) -> Path:
 
 def _fill(folder: Path, run: Path, repo_id: str, result: RunResult, trained: TrainedModel) -> None:
     model_config = dict(label_names=list(trained.class_names)) if trained.class_names else {}
+    # The tag that the model has by default is that of other weights.
+    model_config['pretrained_cfg'] = dict(tag=result.tag)
     conversion, model_args = getattr(trained.model, 'res2net_conversion', None), None
     if conversion is not None:
-        model_config['pretrained_cfg'] = dict(architecture='res2net_converted')
+        model_config['pretrained_cfg']['architecture'] = 'res2net_converted'
         model_args = dict(base=trained.model.pretrained_cfg['architecture'], conversion=conversion)
     save_for_hf(
         trained.model, str(folder), safe_serialization=True, data_config=trained.data_config,

@@ -14,6 +14,7 @@ import os
 import statistics
 import sys
 from collections.abc import Iterable, Sequence
+from itertools import compress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -89,11 +90,11 @@ def _mean_spread(values: Sequence[float]) -> str:
 
 
 def markdown_table(rows: Sequence[Row]) -> str:
-    """The rows as a Markdown table; accuracies as mean ± standard deviation over seeds."""
+    """The rows as a Markdown table; accuracies as mean ± standard deviation over seeds. Empty columns are left out."""
     header = (
         'Recipe', 'Model', 'Params (M)', 'MACs (M)', 'Epochs', 'Minutes', 'EMA', 'Seeds', 'Top-1 (%)', 'Top-5 (%)',
         'Best top-1 (%)', 'Deck (%)', 'Top-1 - deck')
-    lines = [header, ['---', '---', *['--:'] * (len(header) - 2)]]
+    lines = []
     for row in rows:
         run = row.runs[0]
         lines.append((
@@ -111,7 +112,9 @@ def markdown_table(rows: Sequence[Row]) -> str:
             f'{row.deck.top1:.2f}' if row.deck else '',
             f'{row.difference:+.2f}' if row.deck else '',
         ))
-    return '\n'.join(f'| {" | ".join(line)} |' for line in lines) + '\n'
+    filled = [any(column) for column in zip(*lines)]
+    lines = [header, ['---', '---', *['--:'] * (len(header) - 2)], *lines]
+    return ''.join(f'| {" | ".join(compress(line, filled))} |\n' for line in lines)
 
 
 def write_report_csv(path: str | Path, rows: Sequence[Row]) -> None:

@@ -22,6 +22,7 @@ from .hub import LOAD_ERRORS, check_weights, explain_hub_error
 from .images import PREPROCESSING, Images
 from .meta import check_input
 from .names import check_model_name
+from .packaged import is_packaged_file
 
 __all__ = [
     'TrainedModel', 'load_trained', 'load_pretrained_model', 'load_checkpoint_model', 'load_test_split', 'check_fits',
@@ -91,7 +92,7 @@ def load_pretrained_model(name: str, model_kwargs: dict[str, Any] | None = None)
         raise ValueError(explain_hub_error(e, name.removeprefix('hf-hub:'))) from e
     cfg = model.pretrained_cfg
     class_names = cfg.get('label_names')
-    if class_names is None and (cfg.get('tag') or '').endswith('_c100') and model.num_classes == 100:
+    if class_names is None and is_packaged_file(cfg.get('file')) and model.num_classes == 100:
         class_names = CIFAR100_CLASSES
     return TrainedModel(name, model, resolve_data_config({}, model=model), _names(class_names, model.num_classes), {})
 

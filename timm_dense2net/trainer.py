@@ -127,7 +127,10 @@ class Trainer:
         args, model = self.args, self.model
         self.autocast = autocast_factory(args, self.device)
         self.scaler = NativeScaler(self.device.type) if args.amp and args.amp_dtype == 'float16' else None
-        self.optimizer = create_optimizer_v2(model, **optimizer_kwargs(args), filter_bias_and_bn=False)
+        try:
+            self.optimizer = create_optimizer_v2(model, **optimizer_kwargs(args), filter_bias_and_bn=False)
+        except (IndexError, TypeError, ValueError) as e:
+            raise ValueError(f'--opt {args.opt}: {one_line(e)}') from e
         self.scheduler, self.epochs = self._build_scheduler()
         # Made before the model is wrapped, as in timm's train.py.
         self.ema = ModelEmaV3(
@@ -180,6 +183,9 @@ class Trainer:
     def finished(self) -> bool:
         """Whether all epochs are trained or the run was stopped early."""
         patience = self.args.early_stop_patience
+        if patience is None:
+            # The other schedules may bring what they are for at their end.
+            patience = 25 if self.args.sched == 'plateau' else 0
         return self.epoch >= self.epochs or bool(patience and self.epochs_without_gain >= patience)
 
     @property
@@ -223,6 +229,8 @@ class Trainer:
         except Interrupted:
             self.save()
             raise
+        if self.epoch < self.epochs and self.processes.primary:
+            _logger.info(f'Stopped early, after {self.epochs_without_gain} epochs without a better validation top-1.')
 
     def _train_epoch(self) -> None:
         self.step.model.train()
