@@ -15,6 +15,7 @@ import torch
 import timm_dense2net
 from timm_dense2net.cam import class_activation_maps
 from timm_dense2net.demo import build_demo, explain, main
+from timm_dense2net.checkpoint import save_weights
 from timm_dense2net.dense2net import SplitHierarchyConv2d
 from timm_dense2net.drawings import DRAWINGS
 from timm_dense2net.packaged import BEST_PACKAGED
@@ -45,6 +46,23 @@ def test_maps_are_gradient_times_activation(scale):
     expected = (features * features.grad).sum(1, keepdim=True).detach()
     expected = torch.nn.functional.interpolate(expected, (20, 28), mode='bilinear')[0, 0].clamp(min=0) / 4
     torch.testing.assert_close(maps.by_block[1], expected)
+
+
+def test_maps_of_the_splits_share_the_logit():
+    """Written out for one layer, at the image's size: activation times gradient of each split."""
+    torch.manual_seed(0)
+    model = timm.create_model(MODEL, block_config=(1,), num_classes=5).eval()
+    image, hierarchies = torch.randn(1, 3, 20, 28), []
+    hierarchy = next(m for m in model.modules() if isinstance(m, SplitHierarchyConv2d))
+    hook = hierarchy.register_forward_hook(lambda module, args, output: hierarchies.append(output))
+    logit = model(image)[0, 3]
+    hook.remove()
+    contribution = hierarchies[0].detach() * torch.autograd.grad(logit, hierarchies)[0]
+    expected = [split.sum((0, 1)).clamp(min=0) for split in contribution.chunk(4, 1)]
+    assert all(m.any() for m in expected)
+    torch.testing.assert_close(class_activation_maps(model, image, 3).by_scale, tuple(expected))
+    plain = timm.create_model('densenet121_cifar', block_config=(1,)).eval()
+    assert class_activation_maps(plain, image, 3).by_scale == ()
 
 
 def test_map_points_at_what_counts():
@@ -79,6 +97,18 @@ def test_wrong_checkpoint_gives_one_line(tmp_path, capsys):
     assert main(['--checkpoint', str(tmp_path / 'nowhere')]) == 2
     err = capsys.readouterr().err
     assert err.startswith('error: ') and 'nowhere' in err and err.count('\n') == 1
+    other = tmp_path / 'other.safetensors'
+    save_weights(other, timm.create_model('test_resnet').state_dict(), dict(model='test_resnet'))
+    assert main(['--checkpoint', str(other)]) == 2
+    assert 'expected a run of a Dense2Net or DenseNet' in capsys.readouterr().err
+
+
+def test_own_weights_go_first(tmp_path):
+    pytest.importorskip('gradio', reason='the demo needs gradio')
+    own = tmp_path / 'own.safetensors'
+    save_weights(own, timm.create_model(MODEL, num_classes=5).state_dict(), dict(model=MODEL))
+    menu = next(block for block in build_demo([own]).blocks.values() if block.elem_id == 'model')
+    assert menu.value == str(own) and (str(own), str(own)) in menu.choices
 
 
 # Read by Python at its start: notes and refuses every connection that leaves the machine.

@@ -1,6 +1,7 @@
 """Training by two processes: the same result as by one, one writer, and a lost worker replaced."""
 import csv
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,9 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from training_runs import ROOT, TIMES, TRAIN_SCRIPT, arguments, assert_same_run, finish, read_state, start
+from training_runs import ROOT, TIMES, TRAIN_SCRIPT, arguments, assert_same_run, differences, finish, read_state, start
 
-from timm_dense2net.checkpoint import CHECKPOINT_FILE, load_weights
+from timm_dense2net.checkpoint import CHECKPOINT_FILE, load_weights, save_state
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason='torch was built without gloo')
 
@@ -104,9 +105,13 @@ def test_signal_to_all_is_agreed_on(tmp_path):
     assert state['position']['updates'] > 0 and len(state['processes']) == 2
 
 
+def test_running_statistics_are_averaged(two_processes):
+    first, second = (process['model'] for process in read_state(two_processes)['processes'])
+    assert any('running_mean' in name for name in first) and not differences(first, second)
+
+
 def test_one_process_goes_on_where_two_were(tmp_path, two_processes):
     """At an epoch's end the number of processes may change; within one it may not."""
-    import shutil
     shutil.copytree(two_processes, tmp_path / 'run')
     assert len(read_state(tmp_path / 'run')['processes']) == 2
     log = tmp_path / 'log'
@@ -114,3 +119,11 @@ def test_one_process_goes_on_where_two_were(tmp_path, two_processes):
     assert finish(start(argv, log)) == 0, log.read_text()
     assert 'Saved by 2 processes, 1 go on' in log.read_text()
     assert (tmp_path / 'run' / CHECKPOINT_FILE).exists() and read_state(tmp_path / 'run')['position']['epoch'] == 4
+
+    state = read_state(two_processes)
+    state['position']['batches_done'] = 1
+    shutil.copytree(two_processes, tmp_path / 'within')
+    save_state(tmp_path / 'within', state)
+    argv = ['--resume', str(tmp_path / 'within'), '--epochs', '4', '-b', '256']
+    assert finish(start(argv, tmp_path / 'refused')) == 1
+    assert 'within an epoch by 2 processes, now there are 1' in (tmp_path / 'refused').read_text()

@@ -1,6 +1,5 @@
 """Evaluation of trained models: flip averaging, calibration, corruptions, the command and its faults."""
 import json
-from pathlib import Path
 
 import pytest
 import timm
@@ -12,7 +11,6 @@ from training_runs import run_here
 from timm_dense2net import evaluate as evaluate_module
 from timm_dense2net.calibration import cross_fit_calibration, expected_calibration_error
 from timm_dense2net.checkpoint import save_weights
-from timm_dense2net.cifar import CIFAR100_CLASSES
 from timm_dense2net.convert import conversion_metadata, convert_res2net
 from timm_dense2net.corruptions import CORRUPTIONS, corrupt
 from timm_dense2net.data import load_arrays
@@ -21,7 +19,6 @@ from timm_dense2net.fused import FusedDenseBlock
 from timm_dense2net.images import ImageArrays
 from timm_dense2net.trained import TrainedModel, load_trained
 
-CIFAR100 = Path(__file__).parents[1] / '../shared/cifar100'
 MODEL = 'dense2net40_k12_s4'
 
 
@@ -366,14 +363,3 @@ def test_what_cannot_be_loaded_is_one_message(folder, tmp_path, capsys):
         assert main(arguments) == 2
         err = capsys.readouterr().err.splitlines()
         assert err[-1].startswith('error: ') and message in err[-1]
-
-
-def test_cifar100s_test_split_has_the_decks_classes(capsys, tmp_path):
-    if not CIFAR100.is_dir():
-        pytest.skip('the CIFAR-100 folder ../shared/cifar100 is not there')
-    pytest.importorskip('datasets')
-    arrays = load_arrays(f'hfds/{CIFAR100}', 'test')
-    subset = arrays.subset(range(64))
-    model = timm.create_model(MODEL).eval()
-    figures = evaluate(TrainedModel(MODEL, model, model.pretrained_cfg, CIFAR100_CLASSES, {}), subset)
-    assert figures['samples'] == 64 and 0 <= figures['top1'] <= figures['top5'] <= 100

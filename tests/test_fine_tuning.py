@@ -279,7 +279,7 @@ def test_goes_on_without_the_weights_it_started_from(tmp_path, tiny):
 
 
 def test_packaged_weights_start_a_model_with_attention(tmp_path):
-    """By name; learning nothing, all but the attention stays as it was, and that is as the seed has it."""
+    """By name; where nothing is learned all but the attention stays as it was."""
     argv = digits(tmp_path, 'run', '--pretrained-path', f'{MODEL}.small_c100', '--lr', '0', '--model', MODEL)
     assert finish(start([*argv, '--model-kwargs', 'attn_layer=se'], tmp_path / 'log')) == 0
     trained, weights = load_weights(tmp_path / 'run' / 'last.safetensors')[0], load_weights(PACKAGED)[0]

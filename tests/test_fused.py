@@ -118,8 +118,12 @@ def test_groups_of_a_large_batch_have_threads_of_their_own(three_threads, monkey
     ran = []
     run = fused.features._forward_in_place
 
+    together = threading.Barrier(2)
+
     def recorded(x):
         ran.append((len(x), threading.get_ident(), torch.get_num_threads()))
+        if len(x) == 25:
+            together.wait(timeout=60)  # both run at a time, however late a thread wakes
         return run(x)
 
     def groups_of(x):

@@ -14,6 +14,8 @@ from timm.optim import create_optimizer_v2
 import timm_dense2net  # noqa: F401
 
 MODELS = timm.list_models(module='dense2net')
+CIFAR100_STATS = ((0.50707516, 0.48654887, 0.44091784), (0.26733429, 0.25643846, 0.27615047))
+IMAGENET_STATS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 CIFAR_MODELS = [
     'densenet121_cifar', 'dense2net121_s2', 'dense2net121_s4', 'dense2net121_s8', 'dense2net121_s4_c32',
     'dense2net121_s4_se', 'dense2net121_s8_se', 'dense2net40_k12_s4', 'dense2net100_k12_s4', 'dense2net169_s8',
@@ -47,7 +49,9 @@ def test_default_cfg(name):
     assert not cfg['fixed_input_size']
     assert model.in_chans == 3 and list(model.children())[-1] is model.get_classifier()
     config = resolve_data_config(model=model)
-    assert config['mean'] == cfg['mean'] and config['crop_pct'] == (0.875 if name in IMAGENET_MODELS else 1.0)
+    stats = IMAGENET_STATS if name in IMAGENET_MODELS else CIFAR100_STATS
+    assert (config['mean'], config['std']) == stats
+    assert config['crop_pct'] == (0.875 if name in IMAGENET_MODELS else 1.0)
     x = torch.empty(2, *cfg['input_size'], device='meta')
     features = model.forward_features(x)
     assert features.shape == (2, model.num_features, *cfg['pool_size'])
@@ -209,7 +213,7 @@ def test_gradient_checkpointing(name):
     assert not any(getattr(m, 'grad_checkpointing', False) for m in twin.modules())
 
 
-@pytest.mark.parametrize('name', MODELS)
+@pytest.mark.parametrize('name', KINDS)
 def test_torchscript(name):
     model = create(name).eval()
     x = images(1, 3, 32, 32)
@@ -283,7 +287,7 @@ def test_any_size_and_batch_one(name, size):
     assert y.shape == (1, model.num_classes) and y.isfinite().all()
 
 
-@pytest.mark.parametrize('name', MODELS)
+@pytest.mark.parametrize('name', KINDS)
 def test_meta_model_takes_weights(name):
     model = create(name)
     empty = create(name, device='meta')

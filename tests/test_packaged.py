@@ -14,6 +14,7 @@ from timm_dense2net.checkpoint import load_weights, save_weights
 from timm_dense2net.cifar import CIFAR100_CLASSES
 from timm_dense2net.evaluate import main as evaluate_main
 from timm_dense2net.options import is_place
+from timm_dense2net.package import main as package_main
 from timm_dense2net.package import package_run
 from timm_dense2net.trained import load_trained
 
@@ -135,7 +136,7 @@ def test_weights_that_fit_no_name_are_not_packaged(changed, message, tmp_path, m
     assert not (tmp_path / 'weights').exists()
 
 
-def test_the_weights_that_the_run_tested_are_packaged(tmp_path, monkeypatch):
+def test_the_weights_that_the_run_tested_are_packaged(tmp_path, monkeypatch, capsys):
     metadata = dict(model=NAME, num_classes='100', model_args='{}', class_names=json.dumps(CIFAR100_CLASSES))
     for name in ('last', 'best'):
         state_dict = timm.create_model(NAME).state_dict()
@@ -144,7 +145,13 @@ def test_the_weights_that_the_run_tested_are_packaged(tmp_path, monkeypatch):
     monkeypatch.setattr(packaged, 'SUMS_FILE', tmp_path / 'weights' / 'SHA256SUMS')
     assert load_weights(package_run(tmp_path, 'quick'))[1]['epoch'] == 'last'
     (tmp_path / 'result.json').write_text('{"tested": "best"}')
-    assert load_weights(package_run(tmp_path, 'quick'))[1]['epoch'] == 'best'
+    assert package_main([str(tmp_path), '--recipe', 'quick']) == 0
+    path = tmp_path / 'weights' / f'{NAME}.quick_c100.safetensors'
+    assert load_weights(path)[1]['epoch'] == 'best' and str(path) in capsys.readouterr().out
+    state_dict['features.conv0.weight'][0, 0, 0, 0] = 1e6
+    save_weights(tmp_path / 'best.safetensors', state_dict, metadata)
+    assert package_main([str(tmp_path), '--recipe', 'quick']) == 1
+    assert 'features.conv0.weight does not fit half precision' in capsys.readouterr().err
 
 
 @pytest.mark.skipif(not CIFAR100.is_dir(), reason='needs ../shared/cifar100, the CIFAR-100 parquet files')
@@ -152,7 +159,7 @@ def test_test_split_accuracy_is_that_of_the_table(tmp_path):
     with open(ROOT / 'results' / 'results.csv', newline='') as f:
         row = next(r for r in csv.DictReader(f) if r['model'] == NAME and r['tag'] == 'small_c100')
     figures = tmp_path / 'figures.json'
-    args = ['--model', NAME, '--pretrained', '--dataset', f'hfds/{CIFAR100}', '--output', str(figures)]
-    assert evaluate_main(args) == 0
+    args = ['--model', NAME, '--pretrained', '--dataset', f'hfds/{CIFAR100}', '--data-dir', str(tmp_path)]
+    assert evaluate_main([*args, '--output', str(figures)]) == 0
     # Half precision may move an image or two of 10,000 across a boundary.
     assert json.loads(figures.read_text())['top1'] == pytest.approx(float(row['top1']), abs=0.1)

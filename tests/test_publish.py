@@ -115,9 +115,11 @@ class Worker:
         environment |= dict(
             PYTHONPATH=f'{root}{os.pathsep}{root / "tests"}', HF_HUB_DISABLE_XET='1', HF_HUB_DISABLE_PROGRESS_BARS='1',
             HF_HUB_DISABLE_TELEMETRY='1', NO_PROXY='127.0.0.1,localhost')
+        own = ('HF_HUB_OFFLINE', 'TRANSFORMERS_OFFLINE', 'HF_HUB_CACHE', 'HUGGING_FACE_HUB_TOKEN')
+        inherited = {key: value for key, value in os.environ.items() if key not in own}
         self.process = subprocess.Popen(
             [sys.executable, '-c', 'import test_publish; test_publish.serve_worker()'], stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE, text=True, env={**os.environ, **environment})
+            stdout=subprocess.PIPE, text=True, env={**inherited, **environment})
 
     def __call__(self, name, *args, token=TOKEN):
         print(json.dumps(dict(name=name, args=args, token=token)), file=self.process.stdin, flush=True)

@@ -22,6 +22,7 @@ import training_runs  # noqa: E402
 from optuna.storages import RetryHeartbeatStaleTrialCallback  # noqa: E402
 from optuna.trial import FixedTrial, TrialState  # noqa: E402
 
+from timm_dense2net import search as search_module  # noqa: E402
 from timm_dense2net.checkpoint import load_weights  # noqa: E402
 from timm_dense2net.dense2net import SplitHierarchyConv2d  # noqa: E402
 from timm_dense2net.options import parse_args  # noqa: E402
@@ -206,10 +207,23 @@ def test_reports_and_recipe(tmp_path):
     (['--study', 's', '--recipe', 'nano', '--hold-out', '9', '--scales', '3'], 'none of the cardinalities'),
 ])
 def test_errors(args, message, tmp_path, capsys):
-    code = main([*args, '--output', str(tmp_path)])
-    assert code == 1 or code == 2 and not list(tmp_path.iterdir())
+    # Only of a database it is known no sooner than when it is opened.
+    assert main([*args, '--output', str(tmp_path)]) == (1 if '--storage' in args else 2)
+    assert '--storage' in args or not list(tmp_path.iterdir())
     error = capsys.readouterr().err
     assert error.startswith('error: ') and message in error and 'secret' not in error
+
+
+def test_a_trial_that_diverges_ends_there(tmp_path, monkeypatch):
+    monkeypatch.setattr(search_module, '_LR_RANGES', {'lr': (1e19, 1e20)})
+    argv = ['--study', 'study', '--output', str(tmp_path), *TRAIN_ARGS, '--opts', 'sgd', '--scheds', 'cosine']
+    assert main([*argv, '--epochs', '2', '--trials', '1']) == 0
+    trials = tmp_path / 'study' / 'trials.csv'
+    row = next(csv.DictReader(trials.open()))
+    assert row['state'] == 'pruned' and ('the loss is' in row['error'] or 'not finite' in row['error']), row
+    trials.unlink()
+    assert main([*argv, '--epochs', '2', '--trials', '0']) == 0  # writes what there is, and trains nothing
+    assert len(list(csv.DictReader(trials.open()))) == 1
 
 
 class SilentWorker(Worker):

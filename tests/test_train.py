@@ -1,6 +1,7 @@
 """The training job: one step, evaluation, and whole small runs with the options that change them."""
 import csv
 import json
+import signal
 from copy import deepcopy
 from types import SimpleNamespace
 
@@ -14,14 +15,16 @@ from timm.utils import accuracy
 from training_runs import arguments, finish, read_state, read_summary_rows, run_here, start
 
 from timm_dense2net import build, runs, trainer, training_form
-from timm_dense2net.counts import count_macs
+from timm_dense2net.augment import AugmentConfig, ProgressiveResize
 from timm_dense2net.checkpoint import load_weights, save_weights
+from timm_dense2net.counts import count_macs
 from timm_dense2net.curves import read_summary
 from timm_dense2net.distributed import Processes
 from timm_dense2net.engine import TrainLoss, TrainStep, evaluate, predict
 from timm_dense2net.options import parse_args
 from timm_dense2net.runs import RunFolder
 from timm_dense2net.trained import load_trained
+from timm_dense2net.trainer import StopSignal
 
 
 def linear_model():
@@ -212,6 +215,37 @@ def test_plateau_decays_and_training_stops_early(tmp_path):
     assert float(rows[-1]['lr']) < 1e-6
     assert json.loads((folder / 'result.json').read_text())['epochs'] == len(rows)
     assert 'Stopped early, after 4 epochs without a better validation top-1' in log
+
+
+def test_arguments_reach_what_they_are_for(tmp_path):
+    trainer = make_trainer(
+        tmp_path, '--hflip', 0.25, '--crop-padding', 2, '--cutout-holes', 1, '--cutout-length', 3, '--mixup', 0.3,
+        '--cutmix', 0.7, '--mixup-prob', 0.6, '--mixup-switch-prob', 0.4, '--mixup-off-epoch', 2, '--smoothing', 0.05,
+        '--initial-img-size', 4, '--full-size-epoch', 2, '-vb', 100, '--clip-grad', 0.5, '--clip-mode', 'value',
+        '--drop', 0.3, '--drop-path', 0.2, '--model', 'dense2net40_k12_s4', '--model-kwargs', 'block_config=(1,1,2)',
+        '--grad-checkpointing')
+    plain = AugmentConfig(hflip=0., crop_padding=0)
+    assert trainer.train_loader.config == AugmentConfig(
+        hflip=0.25, crop_padding=2, cutout_holes=1, cutout_length=3, mixup=0.3, cutmix=0.7, mixup_prob=0.6,
+        mixup_switch_prob=0.4, mixup_off_epoch=2, smoothing=0.05)
+    assert trainer.train_loader.progressive == ProgressiveResize(4, 2)
+    assert trainer.eval_loader.config == plain and trainer.eval_loader.progressive is None
+    assert (trainer.train_loader.batch_size, trainer.eval_loader.batch_size) == (256, 100)
+    assert (trainer.step.clip_grad, trainer.step.clip_mode) == (0.5, 'value')
+    assert trainer.step.loss_fn.hard.smoothing == 0.05
+    model = trainer.model
+    assert model.head_drop.p == 0.3 and model.features.denseblock3.denselayer2.drop_path.drop_prob == 0.2
+    assert model.features.denseblock3.denselayer2.grad_checkpointing
+    assert make_trainer(tmp_path, '--no-aug').train_loader.config == plain
+
+
+def test_a_second_interrupt_acts_at_once():
+    before, stop = signal.getsignal(signal.SIGINT), StopSignal()
+    with pytest.raises(KeyboardInterrupt), stop:
+        signal.raise_signal(signal.SIGINT)
+        assert stop.signum == signal.SIGINT
+        signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_only_the_plateau_schedule_stops_early_unasked(tmp_path):

@@ -188,11 +188,16 @@ def _row_offsets(channels: int, tall: int, wide: int, height: int, device: torch
 
 def _take_runs(values: torch.Tensor, first: torch.Tensor, length: int) -> torch.Tensor:
     """Runs of ``length`` neighbours in memory, which begin at ``first`` in the flattened values."""
-    if values.device.type != 'cpu':
-        return torch.take(values, first.unsqueeze(1) + torch.arange(length, device=values.device))
+    return (_copy_rows if values.device.type == 'cpu' else _take_elements)(values, first, length)
+
+
+def _copy_rows(values: torch.Tensor, first: torch.Tensor, length: int) -> torch.Tensor:
     # Every run is a row of this view, and a CPU copies rows whole, several times faster than element by element.
-    runs = values.as_strided((values.numel() - length + 1, length), (1, 1))
-    return runs.index_select(0, first)
+    return values.as_strided((values.numel() - length + 1, length), (1, 1)).index_select(0, first)
+
+
+def _take_elements(values: torch.Tensor, first: torch.Tensor, length: int) -> torch.Tensor:
+    return torch.take(values, first.unsqueeze(1) + torch.arange(length, device=values.device))
 
 
 def _boxes_over(start: np.ndarray, stop: np.ndarray, size: tuple[int, int], device: torch.device) -> torch.Tensor:

@@ -464,25 +464,7 @@ def check_args(args: argparse.Namespace) -> None:
         raise ValueError(f'--warmup-epochs {args.warmup_epochs} leaves nothing of --epochs {args.epochs}')
     _check_progressive_resizing(args)
     if args.eval_only:
-        if args.resume:
-            raise ValueError('--eval-only trains nothing, so --resume has no meaning: name the run with --checkpoint')
-        if args.pretrained_path:
-            raise ValueError(
-                '--pretrained-path names weights to train on; to evaluate them, name them by --checkpoint, packaged'
-                ' ones by --model ARCH.TAG --pretrained, and no recipe that trains on others')
-        if args.initial_checkpoint:
-            raise ValueError(
-                '--initial-checkpoint names weights to train on; to evaluate them, name them by --checkpoint')
-        if not args.checkpoint and not args.pretrained:
-            raise ValueError('--eval-only needs --checkpoint PATH or --pretrained')
-        if args.checkpoint and args.pretrained:
-            raise ValueError(
-                '--eval-only needs either --checkpoint PATH or --pretrained: where a recipe says pretrained, add '
-                '--no-pretrained')
-        if args.pretrained and args.res2net_scale:
-            raise ValueError(
-                '--eval-only --pretrained evaluates a model as it is, and --res2net-scale makes layers without weights:'
-                ' give one of the two')
+        _check_eval_only(args)
     elif args.checkpoint:
         raise ValueError('--checkpoint names weights to evaluate: add --eval-only, or train on --initial-checkpoint')
     _check_start(args)
@@ -493,6 +475,28 @@ def check_args(args: argparse.Namespace) -> None:
         raise ValueError('--sync-bn shares batch statistics between processes: start them with torchrun')
     if args.sync_bn and (args.device == 'cpu' or not torch.cuda.is_available()):
         raise ValueError('--sync-bn works between GPUs only; --dist-bn shares the running statistics on a CPU')
+
+
+def _check_eval_only(args: argparse.Namespace) -> None:
+    if args.resume:
+        raise ValueError('--eval-only trains nothing, so --resume has no meaning: name the run with --checkpoint')
+    if args.pretrained_path:
+        raise ValueError(
+            '--pretrained-path names weights to train on; to evaluate them, name them by --checkpoint, packaged'
+            ' ones by --model ARCH.TAG --pretrained, and no recipe that trains on others')
+    if args.initial_checkpoint:
+        raise ValueError(
+            '--initial-checkpoint names weights to train on; to evaluate them, name them by --checkpoint')
+    if not args.checkpoint and not args.pretrained:
+        raise ValueError('--eval-only needs --checkpoint PATH or --pretrained')
+    if args.checkpoint and args.pretrained:
+        raise ValueError(
+            '--eval-only needs either --checkpoint PATH or --pretrained: where a recipe says pretrained, add '
+            '--no-pretrained')
+    if args.pretrained and args.res2net_scale:
+        raise ValueError(
+            '--eval-only --pretrained evaluates a model as it is, and --res2net-scale makes layers without weights:'
+            ' give one of the two')
 
 
 def _check_ranges(args: argparse.Namespace) -> None:
