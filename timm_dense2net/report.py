@@ -177,8 +177,9 @@ def readme_block(results: Sequence[RunResult], results_path: str) -> str:
     hardware = sorted({result.hardware for result in results if result.hardware})
     return (
         f'{markdown_table(summarise(results))}\n'
-        'Mean ± standard deviation over seeds, on the test split. Top-1 and top-5 are those of the last epoch, the '
-        'best epoch is beside them; where it is not, of the epoch that was best on held-out training images.'
+        'Mean ± standard deviation over seeds, on the test split. Rows with a best top-1: top-1 and top-5 of the last '
+        'epoch, and the best of all epochs beside them. Rows without: of the epoch that was best on held-out training '
+        'images.'
         + (f' Trained by (processes x device): {"; ".join(hardware)}.' if hardware else '')
         + f' Written from `{results_path}` by `python -m timm_dense2net report --results {results_path} '
         '--readme README.md`.\n')
