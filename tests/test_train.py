@@ -233,9 +233,9 @@ def test_arguments_reach_what_they_are_for(tmp_path):
     assert (trainer.train_loader.batch_size, trainer.eval_loader.batch_size) == (256, 100)
     assert (trainer.step.clip_grad, trainer.step.clip_mode) == (0.5, 'value')
     assert trainer.step.loss_fn.hard.smoothing == 0.05
-    model = trainer.model
-    assert model.head_drop.p == 0.3 and model.features.denseblock3.denselayer2.drop_path.drop_prob == 0.2
-    assert model.features.denseblock3.denselayer2.grad_checkpointing
+    last_layer = trainer.model.features.denseblock3.denselayer2
+    rates = trainer.model.head_drop.p, last_layer.drop_path.drop_prob
+    assert rates == pytest.approx((0.3, 0.2)) and last_layer.grad_checkpointing
     assert make_trainer(tmp_path, '--no-aug').train_loader.config == plain
 
 
@@ -258,7 +258,7 @@ def test_only_the_plateau_schedule_stops_early_unasked(tmp_path):
 
 def test_the_optimizers_own_arguments(tmp_path):
     trainer = make_trainer(tmp_path, '--opt', 'adamw', '--opt-eps', '1e-6', '--opt-betas', '0.8', '0.95')
-    assert [(group['eps'], group['betas']) for group in trainer.optimizer.param_groups] == [(1e-6, [0.8, 0.95])]
+    assert [(group['eps'], tuple(group['betas'])) for group in trainer.optimizer.param_groups] == [(1e-6, (0.8, 0.95))]
     with pytest.raises(ValueError, match='--opt momentum: .*betas'):
         make_trainer(tmp_path, '--opt', 'momentum', '--opt-betas', '0.8', '0.95')
 
