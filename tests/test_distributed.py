@@ -124,6 +124,6 @@ def test_one_process_goes_on_where_two_were(tmp_path, two_processes):
     state['position']['batches_done'] = 1
     shutil.copytree(two_processes, tmp_path / 'within')
     save_state(tmp_path / 'within', state)
-    argv = ['--resume', str(tmp_path / 'within'), '--epochs', '4', '-b', '256']
+    argv = ['--resume', str(tmp_path / 'within'), '--epochs', '4', '-b', '128']
     assert finish(start(argv, tmp_path / 'refused')) == 1
     assert 'within an epoch by 2 processes, now there are 1' in (tmp_path / 'refused').read_text()
