@@ -304,7 +304,9 @@ class Trainer:
             raise TrainingError(f'{name} is not finite after {self._where(self.batches_done)}')
 
     def _where(self, step: int) -> str:
-        kept = f'; the last good state is kept in {self.path}' if self.args.experiment else ''
+        # Of several processes the first one alone has the folder.
+        written = self.folder is not None or not self.processes.primary
+        kept = f'; the last good state is kept in {self.path}' if written else ''
         return f'epoch {self.epoch + 1}, step {step} of {len(self.train_loader)}, learning rate {self.lr:.3g}{kept}'
 
     def _evaluate(self) -> None:
