@@ -101,7 +101,7 @@ def test_unknown_recipe_lists_those_there_are(capsys):
     (['--sched', 'plateau', '--sched-on-updates'], ['plateau', '--sched-on-updates']),
     (['--sched', 'cosine', '--warmup-epochs', '5', '--epochs', '5'], ['--warmup-epochs 5', '--epochs 5']),
     (['--eval-only'], ['--eval-only', '--checkpoint', '--pretrained']),
-    (['--eval-only', '--checkpoint', 'x', '--recipe', 'short_ft'], ['--eval-only', 'either', '--no-pretrained']),
+    (['--eval-only', '--checkpoint', 'x', '--recipe', 'small_ft'], ['--eval-only', 'either', '--no-pretrained']),
     (['--opt', 'adamw', '--opt-betas', '0.9', '1.5'], ['--opt-betas', 'in [0, 1)', '1.5']),
     (['--eval-only', '--pretrained', '--resume', 'x'], ['--resume']),
     (['--eval-only', '--pretrained', '--res2net-scale', '4'], ['--eval-only', '--res2net-scale', 'without weights']),

@@ -142,10 +142,10 @@ def test_runs_of_no_packaged_recipe_tell_what_they_were_given(tmp_path):
 
 
 def test_other_first_weights_are_told(tmp_path):
-    args = dict(load_recipe('short_ft'), model='dense2net121_s8.short_ft_c100')
-    assert read_run(make_run(tmp_path, 'same', recipe='short_ft')).overrides == ''
-    assert read_run(make_run(tmp_path, 'other', args, recipe='short_ft')).overrides == (
-        'model=dense2net121_s8.short_ft_c100')
+    args = dict(load_recipe('small_ft'), model='dense2net100_k12_s4.small_ft_c100')
+    assert read_run(make_run(tmp_path, 'same', recipe='small_ft')).overrides == ''
+    assert read_run(make_run(tmp_path, 'other', args, recipe='small_ft')).overrides == (
+        'model=dense2net100_k12_s4.small_ft_c100')
 
 
 def test_the_global_batch_is_what_counts(tmp_path):
