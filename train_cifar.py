@@ -2,7 +2,7 @@
 """Trains a timm model on CIFAR-100, CIFAR-10, digits or any timm data set.
 
     python train_cifar.py --recipe deck_dense2net --data-dir data --dataset-download
-    python train_cifar.py --recipe nano                                nothing to download, a minute on a CPU
+    python train_cifar.py --recipe nano                                nothing to download, about a minute on a CPU
     torchrun --nproc-per-node 4 train_cifar.py --recipe strong -b 32 --data-dir data    one machine, four devices
     python train_cifar.py --resume output/RUN                          go on where a run ended
     python train_cifar.py --eval-only --checkpoint output/RUN --data-dir data           test a run's last weights
