@@ -5,6 +5,13 @@ import pytest
 
 
 @pytest.fixture(autouse=True)
+def _no_proxy(monkeypatch):
+    """Servers that a test starts are on this machine, whatever proxy it has."""
+    for name in ('NO_PROXY', 'no_proxy'):
+        monkeypatch.setenv(name, '127.0.0.1,localhost')
+
+
+@pytest.fixture(autouse=True)
 def _logging_as_it_was():
     """A command run in this process sets up logging to the output of its test, which is closed when the next runs."""
     root = logging.getLogger()

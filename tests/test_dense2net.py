@@ -212,7 +212,7 @@ def test_sizes(name):
 @pytest.mark.parametrize('kwargs,numbers', [
     (dict(scale=3), ('128', '3')),
     (dict(scale=8, cardinality=32), ('16', '32')),
-    (dict(scale=None, cardinality=3), ('3',)),
+    (dict(scale=None, cardinality=3), ('in 3 groups',)),
     (dict(scale=0), ('scale', '0')),
     (dict(cardinality=0), ('cardinality', '0')),
     (dict(growth_rate=0), ('growth_rate', '0')),
@@ -309,3 +309,35 @@ def test_large_batches_run_by_parts(monkeypatch):
     parts.clear()
     model(x)
     assert parts == [7, 7, 7, 7]
+
+
+@pytest.mark.parametrize('kwargs', [dict(scale=8, attn_layer='se'), dict(scale=None), dict(stem_type='deep')])
+def test_he_initialization(kwargs):
+    """Normal, of variance 2 / (inputs of an output); norms begin with 1 and 0, the classifier with bias 0."""
+    torch.manual_seed(0)
+    model = Dense2Net(growth_rate=32, block_config=(2, 2), num_classes=5, **kwargs)
+    for name, m in model.named_modules():
+        if isinstance(m, torch.nn.Conv2d):
+            expected = (2 / m.weight[0].numel()) ** 0.5
+            # Five standard errors of the standard deviation of so many values.
+            assert m.weight.std().item() == pytest.approx(expected, rel=5 / (2 * m.weight.numel()) ** 0.5), name
+        elif isinstance(m, torch.nn.BatchNorm2d):
+            assert (m.weight == 1).all() and (m.bias == 0).all(), name
+    assert (model.classifier.bias == 0).all()
+
+
+def test_dropout_is_before_the_classifier():
+    model, plain = (
+        Dense2Net(growth_rate=8, block_config=(1, 1), num_classes=5, drop_rate=rate) for rate in (0.5, 0.))
+    plain.load_state_dict(model.state_dict())
+    features = torch.rand(2, model.num_features, 4, 4)
+    pooled = model.forward_head(features, pre_logits=True)  # in training mode
+    kept = plain.forward_head(features, pre_logits=True)
+    assert set((pooled / kept).round(decimals=3).unique().tolist()) == {0., 2.}
+    assert torch.equal(model.eval().forward_head(features), plain.eval().forward_head(features))
+
+
+def test_attention_is_initialized_as_it_is_made():
+    """timm's global context adds at first what its last bias says, whatever the image."""
+    model = Dense2Net(growth_rate=16, block_config=(1, 1), num_classes=5, attn_layer='gca')
+    assert (model.features.denseblock2.denselayer1.attn.mlp_add.fc2.weight == 0).all()

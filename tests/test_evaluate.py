@@ -1,6 +1,8 @@
 """Evaluation of trained models: flip averaging, calibration, corruptions, the command and its faults."""
+import io
 import json
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -135,11 +137,21 @@ def test_cross_fit_scales_each_half_by_the_other_halfs_temperature():
     assert first != second and abs(first - second) / first < 0.2
     assert cross_fit_calibration(6 * logits, targets) == figures
 
-    # Were a half judged by its own temperature, wrong labels in one half could not spoil the other.
-    half = torch.randperm(3000, generator=torch.Generator().manual_seed(0))[:1500]
+    # Wrong labels in one half move the temperature fitted on it, which is the one that the other half is scaled by.
+    half, other = torch.randperm(3000, generator=torch.Generator().manual_seed(0)).chunk(2)
     spoilt = targets.clone()
     spoilt[half] = (spoilt[half] + 1) % 10
-    assert cross_fit_calibration(6 * logits, spoilt)['temperatures'][0] > 5 * second
+    figures = cross_fit_calibration(6 * logits, spoilt)
+    assert figures['temperatures'][0] > 5 * second
+    scaled = 6 * logits
+    scaled[other] /= figures['temperatures'][0]
+    scaled[half] /= figures['temperatures'][1]
+    assert figures['ece_scaled'] == pytest.approx(expected_calibration_error(scaled, spoilt), rel=1e-4)
+
+
+def test_calibration_needs_a_sample_for_each_half():
+    with pytest.raises(ValueError, match='at least 2 samples, one for each half, got 1'):
+        cross_fit_calibration(torch.zeros(1, 3), torch.zeros(1, dtype=torch.long))
 
 
 @pytest.fixture(scope='module')
@@ -178,8 +190,21 @@ def test_corruptions_do_what_their_parameters_say(pictures):
     assert blurred[16, 16].item() == pytest.approx(0.159, abs=0.01)
     assert (blurred[16, 17] / blurred[16, 16]).item() == pytest.approx(0.607, abs=0.03)
 
-    contrast = corrupt(pictures, 'contrast', 5).float()
-    assert contrast.std().item() < 0.3 * pictures.float().std().item()
+    # Each image's spread about its own mean, as contrast is of an image.
+    contrast = corrupt(pictures, 'contrast', 5)
+    spread, before = (images.float().std(dim=(2, 3)).mean().item() for images in (contrast, pictures))
+    assert spread / before == pytest.approx(0.15, rel=0.1)
+
+    stream = io.BytesIO()
+    Image.fromarray(pictures[0].permute(1, 2, 0).numpy()).save(stream, 'JPEG', quality=65)
+    decoded = torch.from_numpy(np.array(Image.open(stream))).permute(2, 0, 1)
+    assert torch.equal(corrupt(pictures[:1], 'jpeg', 2)[0], decoded)
+
+
+def test_corruptions_have_the_parameters_of_cifar10_c():
+    assert {name: parameters for name, (_, parameters) in CORRUPTIONS.items()} == {
+        'gaussian_noise': (0.04, 0.06, 0.08, 0.09, 0.10), 'gaussian_blur': (0.4, 0.6, 0.7, 0.8, 1.0),
+        'contrast': (0.75, 0.5, 0.4, 0.3, 0.15), 'jpeg': (80, 65, 58, 50, 40)}
 
 
 def test_corruption_leaves_the_global_random_state_alone(pictures):

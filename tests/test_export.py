@@ -12,7 +12,7 @@ import torch
 
 import timm_dense2net
 from timm_dense2net.checkpoint import load_weights, save_weights
-from timm_dense2net.export import main
+from timm_dense2net.export import ExportError, check_parity, main
 from timm_dense2net.trained import load_trained
 
 MODEL = 'dense2net40_k12_s4'
@@ -162,6 +162,14 @@ def test_export_of_other_logits_leaves_no_file(tmp_path, capsys):
     assert err.startswith('error: the exported model differs from the PyTorch model by nan on images of shape 1x3x32')
     assert output.read_bytes() == b'the one before'
     assert os.listdir(output.parent) == ['model.pt2']
+
+
+def test_forms_may_differ_by_rounding_alone():
+    model = timm.create_model(MODEL, block_config=(1, 1)).eval()
+    with torch.no_grad():
+        list(check_parity(model, lambda x: model(x) * (1 + 3e-5), (3, 32, 32)))
+        with pytest.raises(ExportError, match='differs from the PyTorch model by'):
+            list(check_parity(model, lambda x: model(x) * (1 + 3e-4), (3, 32, 32)))
 
 
 def test_export_that_takes_fewer_sizes_leaves_no_file(tmp_path, monkeypatch, capsys):

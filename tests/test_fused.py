@@ -5,13 +5,13 @@ import threading
 import pytest
 import timm
 import torch
-from timm.layers import convert_sync_batchnorm, freeze_batch_norm_2d
+from timm.layers import BatchNormAct2d, DropPath, convert_sync_batchnorm, freeze_batch_norm_2d
 from timm.utils import reparameterize_model
 from torch.utils.flop_counter import FlopCounterMode
 
 import timm_dense2net
 from changed_layers import CHANGES, change_layers
-from timm_dense2net.dense2net import Dense2Net, SplitHierarchyConv2d
+from timm_dense2net.dense2net import Dense2Net, DenseBlock, SplitHierarchyConv2d
 from timm_dense2net.fused import FusedDenseBlock, norm_relu_as_clamp
 
 KINDS = {
@@ -193,6 +193,58 @@ def test_clamp_of_one_channel(weight, bias):
         y = scale * torch.clamp(x, lo, hi) + shift
         assert y.isfinite().all() and (scale.half() * torch.clamp(x.half(), lo.half(), hi.half())).isfinite().all()
         torch.testing.assert_close(y, norm(x[None, None, :, None]).flatten(), rtol=1e-6, atol=1e-5)
+
+
+@pytest.mark.parametrize('mean, var, weight, bias', [
+    (1e5, 1e8, 1., 0.), (1e5, 1e8, 1., 1.), (0., 1e10, 1., 1.), (-1e5, 1e8, -1., 0.5)])
+def test_clamp_of_large_inputs(mean, var, weight, bias):
+    """As of images that are not normalized: bounds that float16 has not are reached all the same."""
+    norm = BatchNormAct2d(1).double().eval()
+    for tensor, value in zip((norm.running_mean, norm.running_var, norm.weight.data, norm.bias.data), (
+            mean, var, weight, bias)):
+        tensor.fill_(value)
+    lo, hi, scale, shift = norm_relu_as_clamp(norm)
+    x = mean + var ** 0.5 * torch.linspace(-3, 3, 13, dtype=torch.float64)
+    torch.testing.assert_close(scale * x.clamp(lo, hi) + shift, norm(x.view(-1, 1, 1, 1)).flatten().detach())
+
+
+def test_other_channels_are_refused():
+    model = create(scale=4)
+    model.features.conv0 = torch.nn.Conv2d(3, 20, 3, padding=1, bias=False)
+    with torch.no_grad(), pytest.raises(RuntimeError, match='must match the size'):
+        reparameterize_model(model)(images(2, 3, 16, 16))
+    with pytest.raises(RuntimeError, match='split'):
+        SplitHierarchyConv2d(16, scale=4).eval().fuse()(torch.zeros(1, 20, 8, 8))
+
+
+def test_drop_path_that_is_on_alone():
+    """Monte-Carlo depth: the net evaluates, its drop-path does not."""
+    fused = reparameterize_model(create(scale=4, drop_path_rate=0.5))
+    x = images(2, 3, 16, 16)
+    with torch.no_grad():
+        still = fused(x)
+        for module in fused.modules():
+            if isinstance(module, DropPath):
+                module.train()
+        assert not torch.equal(fused(x), still)
+
+
+def test_norms_and_activations_of_other_classes_stay():
+    class Halved(BatchNormAct2d):
+        def forward(self, x):
+            return super().forward(x) / 2
+
+    class Shifted(torch.nn.ReLU):
+        def forward(self, x):
+            return super().forward(x) - 1
+
+    for place in ('norm1', 'norm1.act'):
+        model = create(scale=4)
+        model.features.denseblock1.denselayer2.get_submodule(place).__class__ = Shifted if 'act' in place else Halved
+        fused = reparameterize_model(model)
+        assert type(fused.features.denseblock1) is DenseBlock
+        with torch.no_grad():
+            torch.testing.assert_close(fused(images(2, 3, 16, 16)), model(images(2, 3, 16, 16)))
 
 
 @pytest.mark.parametrize('channels_last', [False, True])

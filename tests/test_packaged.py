@@ -1,6 +1,7 @@
 """Pretrained weights that come with the package."""
 import csv
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -12,10 +13,15 @@ import timm_dense2net  # noqa: F401
 from timm_dense2net import packaged
 from timm_dense2net.checkpoint import load_weights, save_weights
 from timm_dense2net.cifar import CIFAR100_CLASSES
+from timm_dense2net.data import load_arrays
+from timm_dense2net.evaluate import evaluate
 from timm_dense2net.evaluate import main as evaluate_main
+from timm_dense2net.files import sha256_of
+from timm_dense2net.images import ImageArrays
 from timm_dense2net.options import is_place
 from timm_dense2net.package import main as package_main
 from timm_dense2net.package import package_run
+from timm_dense2net.start import pretrained_overlay
 from timm_dense2net.trained import load_trained
 
 ROOT = Path(__file__).parent.parent
@@ -57,6 +63,7 @@ def test_metadata_tell_nothing_of_the_machine(name):
     metadata = load_weights(packaged.packaged_file(name))[1]
     assert metadata['dataset'] == 'cifar100'
     assert not any(is_place(key, value) for key, value in json.loads(metadata['args']).items())
+    assert not re.search(r'"[/~]|/(home|root|tmp|work)/|local-dir:', json.dumps(metadata).replace('\\"', '"'))
 
 
 def test_weights_adapt_to_other_heads_and_inputs():
@@ -119,6 +126,16 @@ def test_damaged_weights_are_refused(tmp_path, monkeypatch, no_cache):
         packaged.check_packaged(str(tmp_path / 'absent.safetensors'))
 
 
+def test_weights_are_checked_wherever_they_are_loaded(tmp_path, monkeypatch, no_cache):
+    other = tmp_path / 'SHA256SUMS'
+    other.write_text(''.join(f'{"0" * 64}  {name}\n' for name in packaged.read_sums()))
+    monkeypatch.setattr(packaged, 'SUMS_FILE', other)
+    with pytest.raises(RuntimeError, match=f'{NAME}.small_c100.safetensors are damaged'):
+        timm.create_model(NAME, pretrained=True)
+    with pytest.raises(RuntimeError, match=f'{NAME}.quick_c100.safetensors are damaged'):
+        pretrained_overlay(f'{NAME}.quick_c100', timm.create_model(NAME), CIFAR100_CLASSES)
+
+
 @pytest.mark.parametrize('changed, message', [
     (dict(num_classes='10'), '100 classes'),
     (dict(model_args='{"growth_rate": 16}'), 'growth_rate'),
@@ -141,15 +158,37 @@ def test_the_weights_that_the_run_tested_are_packaged(tmp_path, monkeypatch, cap
         save_weights(tmp_path / f'{name}.safetensors', state_dict, metadata | dict(epoch=name))
     monkeypatch.setattr(packaged, 'WEIGHTS_DIR', tmp_path / 'weights')
     monkeypatch.setattr(packaged, 'SUMS_FILE', tmp_path / 'weights' / 'SHA256SUMS')
+    packaged.WEIGHTS_DIR.mkdir()
+    packaged.SUMS_FILE.write_text(f'{"0" * 64}  other.safetensors\n')
     assert load_weights(package_run(tmp_path, 'quick'))[1]['epoch'] == 'last'
     (tmp_path / 'result.json').write_text('{"tested": "best"}')
     assert package_main([str(tmp_path), '--recipe', 'quick']) == 0
     path = tmp_path / 'weights' / f'{NAME}.quick_c100.safetensors'
     assert load_weights(path)[1]['epoch'] == 'best' and str(path) in capsys.readouterr().out
+    assert packaged.read_sums() == {'other.safetensors': '0' * 64, path.name: sha256_of(path)}
+    assert {tensor.dtype for tensor in load_file(path).values()} == {torch.float16, torch.int64}
     state_dict['features.conv0.weight'][0, 0, 0, 0] = 1e6
     save_weights(tmp_path / 'best.safetensors', state_dict, metadata)
     assert package_main([str(tmp_path), '--recipe', 'quick']) == 1
     assert 'features.conv0.weight does not fit half precision' in capsys.readouterr().err
+
+
+@pytest.fixture(scope='module')
+def some_test_images():
+    if not CIFAR100.is_dir():
+        pytest.skip('needs ../shared/cifar100, the CIFAR-100 parquet files')
+    arrays = load_arrays(f'hfds/{CIFAR100}', 'test')
+    return ImageArrays(arrays.images[:500], arrays.labels[:500], arrays.class_names)
+
+
+@pytest.mark.parametrize('name', TAGGED)
+def test_accuracy_on_a_part_of_the_test_split(name, some_test_images):
+    """Within five standard errors of the figure of the table."""
+    model, tag = name.split('.')
+    with open(ROOT / 'results' / 'results.csv', newline='') as f:
+        top1 = float(next(r for r in csv.DictReader(f) if (r['model'], r['tag']) == (model, tag))['top1']) / 100
+    figures = evaluate(load_trained(name), some_test_images)
+    assert figures['top1'] / 100 == pytest.approx(top1, abs=5 * (top1 * (1 - top1) / 500) ** 0.5)
 
 
 @pytest.mark.skipif(not CIFAR100.is_dir(), reason='needs ../shared/cifar100, the CIFAR-100 parquet files')

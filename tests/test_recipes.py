@@ -1,11 +1,14 @@
 """Recipes and arguments: the deck's rows as the deck has them, one clear message for what cannot be."""
+from pathlib import Path
+
 import pytest
 import timm
 import yaml
 
 import timm_dense2net  # noqa: F401
-from timm_dense2net.options import build_parser, list_recipes, load_recipe, parse_args
 from timm_dense2net.deck import DECK
+from timm_dense2net.options import build_parser, list_recipes, load_recipe, parse_args
+from timm_dense2net.packaged import is_packaged
 
 
 def run_error(capsys, *argv):
@@ -27,6 +30,10 @@ def test_recipe_parses_and_names_a_model(name):
     assert timm.is_model(args.model) and args.recipe == name
     for key, value in load_recipe(name).items():
         assert getattr(args, key) == value
+    assert not args.pretrained or args.model in timm.list_pretrained()
+    if args.pretrained_path:  # the run of another recipe, or packaged weights
+        run = Path(args.pretrained_path)
+        assert is_packaged(run) or run.parent == Path('output') and run.name in list_recipes()
 
 
 @pytest.mark.parametrize('name', DECK)

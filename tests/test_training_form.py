@@ -1,6 +1,9 @@
 """The training form equals the plain form: outputs, gradients of input and parameters, running statistics."""
 import copy
 import gc
+import os
+import subprocess
+import sys
 from collections import OrderedDict
 from contextlib import contextmanager
 
@@ -8,6 +11,7 @@ import pytest
 import timm
 import torch
 from timm.layers import BatchNormAct2d, convert_sync_batchnorm, freeze_batch_norm_2d
+from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 from torch.autograd import gradcheck
 
 from changed_layers import CHANGES, change_layers
@@ -235,6 +239,35 @@ def test_autocast(many, monkeypatch):
             torch.testing.assert_close(ours[3][name], buffer, rtol=0.05, atol=0.05)
 
 
+@pytest.mark.parametrize('cache_bytes', [training_form.CACHE_BYTES, 20_000])
+def test_autocast_of_each_parameter(cache_bytes, monkeypatch):
+    """In a net of two layers every gradient is near enough to the exact one to be judged by itself."""
+    monkeypatch.setattr(training_form, 'CACHE_BYTES', cache_bytes)
+    model = create(dtype=torch.float32, block_config=(2,), scale=4, growth_rate=16)
+    for m in model.modules():
+        if isinstance(m, torch.nn.BatchNorm2d):
+            m.weight.data.fill_(1.)
+    twin, exact = copy.deepcopy(model), copy.deepcopy(model)
+    x = normal(8, 3, 32, 32, dtype=torch.float32)
+    with plain_form():
+        grads = step(exact, x)[2]
+    with torch.autocast('cpu', dtype=torch.bfloat16):
+        ours = step(model, x)[2]
+        with plain_form():
+            plain = step(twin, x)[2]
+    for name, grad in grads.items():
+        error, plain_error = (((form[name] - grad).norm() / grad.norm()).item() for form in (ours, plain))
+        assert error < 1.5 * plain_error + 0.02, name
+
+
+def test_the_environment_turns_it_off():
+    code = 'from timm_dense2net import training_form; print(training_form._enabled)'
+    for value, enabled in ('0', 'False'), ('1', 'True'):
+        environment = os.environ | dict(TIMM_DENSE2NET_TRAINING_FORM=value)
+        output = subprocess.run([sys.executable, '-c', code], env=environment, capture_output=True, text=True)
+        assert output.stdout.strip() == enabled, output.stderr
+
+
 @pytest.mark.parametrize('momentum', [0.3, None])
 def test_momentum(momentum):
     model = create()
@@ -257,6 +290,45 @@ def test_norms_without_running_statistics(track):
     norm = model.features.denseblock1.denselayer2.norm1
     norm.track_running_stats, norm.running_mean, norm.running_var, norm.num_batches_tracked = track, None, None, None
     assert_equals_plain_form(model, normal(4, 3, 13, 11), 1e-9, 1e-9)
+
+
+def test_other_channels_are_refused():
+    """A buffer for all features has room for channels that are not there."""
+    narrow, short, thin = create(), create(), create()
+    narrow.features.conv0 = torch.nn.Conv2d(3, 12, 3, padding=1, bias=False, dtype=torch.float64)
+    del short.features.denseblock1.denselayer1
+    conv3 = thin.features.denseblock1.denselayer1.conv3
+    thin.features.denseblock1.denselayer1.conv3 = torch.nn.Conv2d(
+        conv3.in_channels, 4, 1, bias=False, dtype=torch.float64)
+    for model in (narrow, short, thin):
+        with pytest.raises(RuntimeError, match='running_mean should contain'):
+            model(normal(4, 3, 13, 11))
+
+
+def test_fake_tensors_take_the_plain_form():
+    mode, model = FakeTensorMode(), create()
+    with FakeCopyMode(mode):
+        model = copy.deepcopy(model)
+    with mode, runs_of(training_form._NewFeatures) as counts:
+        assert model(torch.empty(4, 3, 13, 11, dtype=torch.float64)).shape == (4, 5)
+    assert counts == {'_NewFeatures': 0}
+
+
+@pytest.mark.parametrize('change', [
+    dict(norm_layer='evonormb0'), dict(norms=lambda norm: setattr(norm, 'num_batches_tracked', None))])
+def test_checkpointing_counts_a_batch_once(change):
+    prepare = change.pop('norms', lambda norm: None)
+    states = []
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        model = Dense2Net(8, (2, 2), num_classes=5, dtype=torch.float64, **change).train()
+        for layer in model.features.denseblock1.values():
+            prepare(layer.norm1)
+        model.set_grad_checkpointing(checkpointing)
+        with plain_form():
+            model(normal(4, 3, 13, 11)).square().sum().backward()
+        states.append(model.state_dict())
+    torch.testing.assert_close(*states)
 
 
 def test_frozen_parameters():

@@ -72,7 +72,12 @@ def cross_fit_calibration(logits: torch.Tensor, targets: torch.Tensor, seed: int
 
     Returns:
         ece and ece_scaled (15 bins, fractions) over all samples, and the two temperatures.
+
+    Raises:
+        ValueError: If there are fewer samples.
     """
+    if len(targets) < 2:
+        raise ValueError(f'calibration needs at least 2 samples, one for each half, got {len(targets)}')
     order = torch.randperm(len(targets), generator=torch.Generator().manual_seed(seed))
     first, second = order.chunk(2)
     scaled, temperatures = torch.empty_like(logits), []

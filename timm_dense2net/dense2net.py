@@ -211,16 +211,19 @@ class SplitHierarchyConv2d(nn.Module):
 @contextmanager
 def _running_stats_frozen(module: nn.Module) -> Iterator[None]:
     # Recomputing a layer must not count its batch a second time in the running statistics.
-    norms = [m for m in module.modules() if getattr(m, 'track_running_stats', False)]
-    kept = [(m.momentum, m.num_batches_tracked.clone()) for m in norms]
+    norms = [m for m in module.modules() if hasattr(m, 'momentum')]  # not of batch norm alone
+    momenta = [m.momentum for m in norms]
+    counts = [count for m in norms if (count := getattr(m, 'num_batches_tracked', None)) is not None]
+    kept = [count.clone() for count in counts]
     for m in norms:
         m.momentum = 0.
     try:
         yield
     finally:
-        for m, (momentum, count) in zip(norms, kept):
+        for m, momentum in zip(norms, momenta):
             m.momentum = momentum
-            m.num_batches_tracked.copy_(count)
+        for count, before in zip(counts, kept):
+            count.copy_(before)
 
 
 class DenseLayer(nn.Module):
@@ -283,8 +286,10 @@ class DenseLayer(nn.Module):
         if not _is_bare_conv(self.conv1, 1):
             return False
         if type(self.conv2) is SplitHierarchyConv2d:
-            return self.conv2.is_original() and _is_bare_conv(self.conv3, 1)
-        return _is_bare_conv(self.conv2, 3, groups=None) and type(self.conv3) is nn.Identity
+            last, right = self.conv3, self.conv2.is_original() and _is_bare_conv(self.conv3, 1)
+        else:
+            last, right = self.conv2, _is_bare_conv(self.conv2, 3, groups=None) and type(self.conv3) is nn.Identity
+        return right and last.out_channels == self.growth_rate
 
     @torch.jit.ignore
     def sizes(self) -> Tuple[Any, ...]:
@@ -590,12 +595,15 @@ class Dense2Net(nn.Module):
         self.init_weights()
 
     def init_weights(self) -> None:
-        """He initialization of convolutions, as in the DenseNet paper; norms keep 1 and 0."""
+        """He initialization of convolutions, as in the DenseNet paper; norms keep 1 and 0, attention its own way."""
         for m in self.modules():
             if isinstance(m, nn.Conv2d):
                 nn.init.kaiming_normal_(m.weight)
             elif isinstance(m, nn.Linear):
                 nn.init.zeros_(m.bias)
+        for m in self.modules():
+            if isinstance(m, DenseLayer) and hasattr(m.attn, 'reset_parameters'):
+                m.attn.reset_parameters()
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> Dict[str, Any]:

@@ -27,15 +27,15 @@ __all__ = ['FusedDenseBlock', 'FusedDenseTransition', 'FusedFeatures', 'FusedSpl
 
 # A bound this many standard deviations from the mean is never reached; computing with it could overflow.
 UNREACHABLE_SIGMA = 1e6
-# Nor is one that is infinite in float16.
-UNREACHABLE = 6e4
+# Nor is one that is infinite in float16, unless it is as near as this.
+UNREACHABLE, NEAR_SIGMA = 6e4, 1e3
 
 
 def is_fusable(*norms: nn.Module) -> bool:
     """Whether each of the layers is batch norm with statistics of its own, then ReLU and nothing else."""
     return all(
-        isinstance(norm, (BatchNormAct2d, FrozenBatchNormAct2d, SyncBatchNormAct))
-        and isinstance(norm.act, nn.ReLU)
+        type(norm) in (BatchNormAct2d, FrozenBatchNormAct2d, SyncBatchNormAct)
+        and type(norm.act) is nn.ReLU
         and isinstance(getattr(norm, 'drop', None), (nn.Identity, type(None)))
         and norm.running_mean is not None
         for norm in norms)
@@ -61,8 +61,9 @@ def norm_relu_as_clamp(norm: nn.Module) -> Tuple[torch.Tensor, torch.Tensor, tor
     mean = norm.running_mean.double()
     sigma = (norm.running_var.double() + norm.eps).sqrt()
     bound = -shift / scale
+    distance = (bound - mean).abs() / sigma
     # False also where bound is not a number.
-    reachable = ((bound - mean).abs() < UNREACHABLE_SIGMA * sigma) & (bound.abs() < UNREACHABLE)
+    reachable = (distance < UNREACHABLE_SIGMA) & ((bound.abs() < UNREACHABLE) | (distance < NEAR_SIGMA))
     at_mean = (scale * mean + shift).clamp(min=0.)
     varies = reachable | ((scale != 0) & (at_mean > 0))
     lo = torch.where(reachable & (scale > 0), bound, -torch.inf).where(varies, 0.)
@@ -149,7 +150,7 @@ class FusedSplitHierarchyConv2d(nn.Module):
         return F.conv2d(x, weight, self.bias[i], 1, self.padding, self.dilation, self.groups)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        splits = torch.split(x, self.width, 1)
+        splits = torch.split(x, [self.width] * self.scale, 1)
         y = splits[0]
         outputs = [y]
         for i in range(self.scale - 1):
@@ -215,6 +216,9 @@ class FusedDenseBlock(nn.ModuleDict):
     def runs_in_place(self, x: torch.Tensor) -> bool:
         """Whether nothing records what is done to x or to the weights, which are those of torch, not quantized ones."""
         if is_recorded(x) or _is_trained(self):
+            return False
+        # Of other channels the layers complain, as a buffer for all of them would not.
+        if x.shape[1] != next(iter(self.values())).in_chs:
             return False
         return all(_is_torchs(m) for layer in self.values() for m in (layer.conv1.linear, layer.conv3))
 

@@ -195,7 +195,8 @@ def _run_layer(
         y = layer.conv2(bottleneck.permute(0, 3, 1, 2))
     else:
         hierarchy.run(layer.conv2)
-        if isinstance(layer.attn, nn.Identity) and (not layer.training or isinstance(layer.drop_path, nn.Identity)):
+        drops = layer.drop_path.training and not isinstance(layer.drop_path, nn.Identity)
+        if isinstance(layer.attn, nn.Identity) and not drops:
             torch.mm(mid, layer.conv3.weight.t(), out=new)
             return
         y = layer.conv3(bottleneck).permute(0, 3, 1, 2)

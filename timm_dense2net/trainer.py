@@ -400,7 +400,7 @@ class Trainer:
         """What differs between processes: random states, figures so far, running batch-norm statistics."""
         state = dict(rng=rng_state(self.device), figures=self.figures.cpu())
         if self.processes.distributed:
-            for model in ('model', 'model_to_keep'):
+            for model in ('model',) if self.ema is None else ('model', 'model_to_keep'):
                 state[model] = {name: buffer.cpu() for name, buffer in getattr(self, model).named_buffers()}
         return state
 

@@ -83,7 +83,10 @@ def has_training_form(module: nn.Module, x: torch.Tensor) -> bool:
     # Autograd functions with buffers go neither under torch.func nor forward.
     if not _enabled or is_transformed(x):
         return False
-    if not module.training or x.device.type not in ('cpu', 'cuda') or x.numel() <= x.shape[1]:
+    # Fake tensors, say, have none of the operations on statistics.
+    if type(x) not in (torch.Tensor, nn.Parameter) or x.device.type not in ('cpu', 'cuda'):
+        return False
+    if not module.training or x.numel() <= x.shape[1]:
         return False
     params_dtype = torch.promote_types(x.dtype, torch.float32)
     autocasts = torch.is_autocast_enabled(x.device.type)
@@ -99,13 +102,16 @@ def has_training_form(module: nn.Module, x: torch.Tensor) -> bool:
 @torch.jit.ignore
 def block_has_training_form(block: nn.ModuleDict, x: torch.Tensor) -> bool:
     """Whether a block can run on x (N, C, H, W) in the training form and that saves time."""
-    return has_training_form(block, x) and x.numel() >= MANY_PIXELS * x.shape[1]
+    if x.numel() < MANY_PIXELS * x.shape[1] or not has_training_form(block, x):
+        return False
+    # Of other channels the layers complain, as buffers for all of them would not.
+    return x.shape[1] == next(iter(block.values())).conv1.in_channels
 
 
 def _is_covered(norm: nn.Module) -> bool:
     return (
         type(norm) is BatchNormAct2d and norm.training and norm.affine
-        and isinstance(norm.act, nn.ReLU) and isinstance(norm.drop, nn.Identity))
+        and type(norm.act) is nn.ReLU and isinstance(norm.drop, nn.Identity))
 
 
 class _Norm(NamedTuple):
