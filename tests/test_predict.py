@@ -14,6 +14,7 @@ from PIL import Image
 
 import timm_dense2net  # noqa: F401
 from timm_dense2net.checkpoint import save_weights
+from timm_dense2net.packaged import BEST_PACKAGED
 from timm_dense2net.predict import Source, find_images, main, predict_images
 from timm_dense2net.trained import load_trained
 
@@ -241,8 +242,11 @@ def test_a_wrong_call_is_refused(option, message, capsys):
 
 
 def test_the_default_is_a_packaged_model(pictures, capsys):
-    assert main([str(pictures / 'a'), '--format', 'json']) == 0
-    assert len(json.loads(capsys.readouterr().out)) == 4
+    outputs = []
+    for model in ([], ['--model', BEST_PACKAGED]):
+        assert main([str(pictures / 'a'), '--format', 'json', *model]) == 0
+        outputs.append(json.loads(capsys.readouterr().out))
+    assert len(outputs[0]) == 4 and outputs[0] == outputs[1]
 
 
 def test_pipes_and_exit_codes_hold_for_a_process(weights, pictures):

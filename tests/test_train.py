@@ -1,9 +1,12 @@
 """The training job: one step, evaluation, and whole small runs with the options that change them."""
 import csv
 import json
+import re
 import signal
+import sys
 from copy import deepcopy
-from types import SimpleNamespace
+from importlib.machinery import ModuleSpec
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import timm
@@ -24,7 +27,7 @@ from timm_dense2net.engine import TrainLoss, TrainStep, evaluate, predict
 from timm_dense2net.options import parse_args
 from timm_dense2net.runs import RunFolder
 from timm_dense2net.trained import load_trained
-from timm_dense2net.trainer import StopSignal
+from timm_dense2net.trainer import StopSignal, TrainingError
 
 
 def linear_model():
@@ -213,8 +216,32 @@ def test_plateau_decays_and_training_stops_early(tmp_path):
     tops = [float(row['eval_top1']) for row in rows]
     assert max(tops[:-4]) >= max(tops[-4:])
     assert float(rows[-1]['lr']) < 1e-6
+    assert_plateau_lowers_the_rate(rows, 1e-6, factor=0.5, patience=0)
     assert json.loads((folder / 'result.json').read_text())['epochs'] == len(rows)
     assert 'Stopped early, after 4 epochs without a better validation top-1' in log
+
+
+def assert_plateau_lowers_the_rate(rows, lr, **kwargs):
+    """The rates are those that torch's schedule gives for the validation losses."""
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr)
+    scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, **kwargs)
+    for row in rows:
+        assert float(row['lr']) == pytest.approx(optimizer.param_groups[0]['lr'], rel=1e-6)
+        scheduler.step(float(row['eval_loss']))
+
+
+def test_plateau_watches_the_loss(tmp_path):
+    """Not top-1, which rises here where the loss does not fall, and the other way round."""
+    trainer = make_trainer(tmp_path, '--lr', '0.1', '--patience-epochs', '1', '--decay-rate', '0.3')
+    losses, tops = (5., 4., 4.5, 4.5, 3., 3.5, 2.), (9., 8., 7., 10., 11., 10., 9.)
+    rows = []
+    for loss, top1 in zip(losses, tops):
+        rows.append(dict(lr=trainer.lr, eval_loss=loss))
+        trainer.last = dict(loss=loss, top1=top1)
+        trainer.seconds['epoch_train'] = 1.
+        trainer._end_epoch()
+    assert len({row['lr'] for row in rows}) == 2
+    assert_plateau_lowers_the_rate(rows, 0.1, factor=0.3, patience=1)
 
 
 def test_arguments_reach_what_they_are_for(tmp_path):
@@ -264,7 +291,15 @@ def test_the_optimizers_own_arguments(tmp_path):
 
 
 def _note_loaders():
-    """Prints which images a loader is made of, and when."""
+    """Prints which images a loader is made of, and when; of two epochs the first is the better one."""
+    def evaluate(self):
+        original_evaluate(self)
+        if self.epoch == 1:
+            self.last = dict(self.last, top1=0.)
+
+    original_evaluate = trainer.Trainer._evaluate
+    trainer.Trainer._evaluate = evaluate
+
     def noting(where):
         def build_loader(args, images, *rest, **kwargs):
             print('loader', where, len(images))
@@ -274,7 +309,7 @@ def _note_loaders():
     build.build_loader, runs.build_loader = noting('training'), noting('test')
 
 
-def test_hold_out_touches_the_test_split_once(tmp_path):
+def test_hold_out_touches_the_test_split_once(tmp_path, capsys):
     """Every epoch is judged by the held-out images; the weights that are tested are those chosen by them."""
     process = start(arguments(tmp_path, '--hold-out', '300', '--epochs', '2'), tmp_path / 'log', _note_loaders)
     assert finish(process) == 0, (tmp_path / 'log').read_text()
@@ -283,7 +318,13 @@ def test_hold_out_touches_the_test_split_once(tmp_path):
     result = json.loads((tmp_path / 'run' / 'result.json').read_text())
     assert (result['tested'], result['hold_out']) == ('best', 300)
     best = load_weights(tmp_path / 'run' / 'best.safetensors')[1]
-    assert float(best['top1']) == pytest.approx(result['best_top1'], abs=1e-3)
+    assert float(best['top1']) == pytest.approx(result['best_top1'], abs=1e-3) and result['best_epoch'] == 0
+    tops = []
+    for name in ('best', 'last'):
+        weights = tmp_path / 'run' / f'{name}.safetensors'
+        assert run_here(['--eval-only', '--checkpoint', weights, '--dataset', 'digits']) == 0
+        tops.append(re.search(r'test top-1 ([\d.]+)', capsys.readouterr().out)[1])
+    assert tops[0] == f'{result["test_top1"]:.2f}' != tops[1]
 
 
 @pytest.mark.parametrize('more', [
@@ -300,6 +341,102 @@ def test_options_work_together(tmp_path, more):
     rows = read_summary_rows(folder)
     assert float(rows[1]['train_loss']) < float(rows[0]['train_loss']) or '--mixup' in more
     assert float(rows[1]['eval_loss']) < 2.4
+
+
+SMALL = ['--model', 'dense2net40_k12_s4', '--model-kwargs', 'block_config=[1, 1, 1]', '-b', '64', '--epochs', '1']
+
+
+@pytest.mark.parametrize('more, dtype', [
+    ([], torch.float32), (['--amp'], torch.bfloat16), (['--amp', '--amp-dtype', 'float16'], torch.float16)])
+def test_precision_layout_and_accumulation(tmp_path, more, dtype):
+    trainer = make_trainer(tmp_path, *SMALL, '--channels-last', '--grad-accum-steps', '3', *more)
+    seen = set()
+
+    def note(conv, inputs, output):
+        tensors = (inputs[0], conv.weight)
+        seen.add((output.dtype, all(x.is_contiguous(memory_format=torch.channels_last) for x in tensors)))
+
+    trainer.model.features.conv0.register_forward_hook(note)
+    trainer.fit()
+    assert seen == {(dtype, True)}
+    assert len(trainer.train_loader) == 22 and trainer.updates == 8
+    assert (trainer.scaler is not None) == (dtype == torch.float16)
+
+
+def test_torchcompile_compiles(tmp_path):
+    trainer = make_trainer(tmp_path, '--torchcompile', 'aot_eager')
+    assert isinstance(trainer.step.model, torch._dynamo.OptimizedModule)
+
+
+def test_training_figures_are_those_of_the_images(tmp_path):
+    """At rate 0 the mean over an epoch's batches is the accuracy on the training images it took."""
+    trainer = make_trainer(
+        tmp_path, *SMALL, '--lr', '0', '--no-aug', '--drop', '0', '--no-model-ema', '--model-kwargs',
+        'block_config=[1, 1, 1]', 'norm_layer=groupnorm1')
+    batches = list(trainer.train_loader.epoch(0))
+    trainer.fit()
+    expected = evaluate(trainer.model, batches)
+    trainer.figures.zero_()
+    trainer.epoch = trainer.batches_done = 0
+    trainer.seconds['epoch_train'] = 1.
+    trainer._train_epoch()
+    figures = trainer._train_metrics()
+    assert figures['top1'] == pytest.approx(expected['top1'], abs=0.1) and figures['top1'] > 0
+    assert figures['loss'] == pytest.approx(expected['loss'], rel=1e-4)
+
+
+def test_of_a_mixed_image_the_larger_part_counts():
+    model = nn.Flatten()
+    step = TrainStep(model, nn.CrossEntropyLoss(), torch.optim.SGD([torch.zeros(1, requires_grad=True)], 0.1))
+    logits = torch.tensor([[3., 1., 0.], [0., 1., 3.]], requires_grad=True)
+    assert step([(logits, torch.tensor([[0.6, 0.4, 0.], [0., 0.3, 0.7]]))])[1].tolist() == [2.]
+
+
+def test_a_run_that_writes_nothing_names_no_folder(tmp_path):
+    trainer = make_trainer(tmp_path, '--lr', '1e20', '--log-interval', '1', '--epochs', '2')
+    with pytest.raises(TrainingError, match='epoch 1, step') as info:
+        trainer.fit()
+    assert 'is kept in' not in str(info.value) and not list(tmp_path.iterdir())
+
+
+def test_loggers_get_the_rows_of_the_summary(tmp_path, monkeypatch):
+    scalars, logged, closed = {}, [], []
+
+    class SummaryWriter:
+        def __init__(self, folder, purge_step):
+            scalars['purge_step'] = purge_step
+
+        def add_scalar(self, name, value, epoch):
+            scalars[name, epoch] = value
+
+        def flush(self):
+            pass
+
+        def close(self):
+            closed.append(self)
+
+    def install(name, **attributes):
+        module = ModuleType(name)
+        module.__spec__ = ModuleSpec(name, None)
+        module.__dict__.update(attributes)
+        monkeypatch.setitem(sys.modules, name, module)
+        return module
+
+    wandb = install('wandb', init=lambda **kwargs: logged.append(kwargs), log=logged.append)
+    monkeypatch.setattr('timm.utils.summary.wandb', wandb, raising=False)
+    install('tensorboard')
+    install('torch.utils.tensorboard', SummaryWriter=SummaryWriter)
+    argv = arguments(tmp_path, '--epochs', '2', '--log-tensorboard', '--log-wandb')
+    assert run_here(argv) == 0
+    with open(tmp_path / 'run' / 'summary.csv', newline='') as f:
+        rows = list(csv.DictReader(f))
+    assert scalars.pop('purge_step') == 0 and len(closed) == 1
+    assert logged[0]['name'] == 'run' and len(logged) == 3
+    for epoch, row in enumerate(rows):
+        noted = {name.replace('/', '_'): value for (name, e), value in scalars.items() if e == epoch}
+        for figures in (noted, logged[1 + epoch]):
+            assert {name: float(figures[name]) for name in row if name != 'epoch'} == pytest.approx(
+                {name: float(value) for name, value in row.items() if name != 'epoch'})
 
 
 def test_layer_decay_scales_the_rate(tmp_path):
