@@ -204,14 +204,18 @@ def test_gradcheck(kwargs):
         assert gradcheck(lambda x, *_: run(x), (x, *parameters), fast_mode=True)
 
 
-@pytest.mark.parametrize('many', [1 << 15, 1])
-def test_autocast(many, monkeypatch):
-    monkeypatch.setattr(training_form, 'MANY', many)
-    model = create(dtype=torch.float32, scale=4, growth_rate=16, drop_path_rate=0.2)
+def create_for_autocast(**kwargs):
+    model = create(dtype=torch.float32, scale=4, growth_rate=16, **kwargs)
     for m in model.modules():
         if isinstance(m, torch.nn.BatchNorm2d):
             m.weight.data.fill_(1.)
-    twin, exact = copy.deepcopy(model), copy.deepcopy(model)
+    return model
+
+
+@pytest.mark.parametrize('many', [1 << 15, 1])
+def test_autocast(many, monkeypatch):
+    monkeypatch.setattr(training_form, 'MANY', many)
+    model, twin, exact = (create_for_autocast(drop_path_rate=0.2) for _ in range(3))
     x = normal(8, 3, 32, 32, dtype=torch.float32)
     with plain_form():
         _, dx, grads, buffers = step(exact, x)
@@ -243,11 +247,7 @@ def test_autocast(many, monkeypatch):
 def test_autocast_of_each_parameter(cache_bytes, monkeypatch):
     """In a net of two layers every gradient is near enough to the exact one to be judged by itself."""
     monkeypatch.setattr(training_form, 'CACHE_BYTES', cache_bytes)
-    model = create(dtype=torch.float32, block_config=(2,), scale=4, growth_rate=16)
-    for m in model.modules():
-        if isinstance(m, torch.nn.BatchNorm2d):
-            m.weight.data.fill_(1.)
-    twin, exact = copy.deepcopy(model), copy.deepcopy(model)
+    model, twin, exact = (create_for_autocast(block_config=(2,)) for _ in range(3))
     x = normal(8, 3, 32, 32, dtype=torch.float32)
     with plain_form():
         grads = step(exact, x)[2]
