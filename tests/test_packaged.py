@@ -13,11 +13,8 @@ import timm_dense2net  # noqa: F401
 from timm_dense2net import packaged
 from timm_dense2net.checkpoint import load_weights, save_weights
 from timm_dense2net.cifar import CIFAR100_CLASSES
-from timm_dense2net.data import load_arrays
-from timm_dense2net.evaluate import evaluate
 from timm_dense2net.evaluate import main as evaluate_main
 from timm_dense2net.files import sha256_of
-from timm_dense2net.images import ImageArrays
 from timm_dense2net.options import is_place
 from timm_dense2net.package import main as package_main
 from timm_dense2net.package import package_run
@@ -172,24 +169,6 @@ def test_the_weights_that_the_run_tested_are_packaged(tmp_path, monkeypatch, cap
     save_weights(tmp_path / 'best.safetensors', state_dict, metadata)
     assert package_main([str(tmp_path), '--recipe', 'quick']) == 1
     assert 'features.conv0.weight does not fit half precision' in capsys.readouterr().err
-
-
-@pytest.fixture(scope='module')
-def some_test_images():
-    if not CIFAR100.is_dir():
-        pytest.skip('needs ../shared/cifar100, the CIFAR-100 parquet files')
-    arrays = load_arrays(f'hfds/{CIFAR100}', 'test')
-    return ImageArrays(arrays.images[:500], arrays.labels[:500], arrays.class_names)
-
-
-@pytest.mark.parametrize('name', TAGGED)
-def test_accuracy_on_a_part_of_the_test_split(name, some_test_images):
-    """Within five standard errors of the figure of the table."""
-    model, tag = name.split('.')
-    with open(ROOT / 'results' / 'results.csv', newline='') as f:
-        top1 = float(next(r for r in csv.DictReader(f) if (r['model'], r['tag']) == (model, tag))['top1']) / 100
-    figures = evaluate(load_trained(name), some_test_images)
-    assert figures['top1'] / 100 == pytest.approx(top1, abs=5 * (top1 * (1 - top1) / 500) ** 0.5)
 
 
 @pytest.mark.skipif(not CIFAR100.is_dir(), reason='needs ../shared/cifar100, the CIFAR-100 parquet files')
