@@ -102,7 +102,7 @@ def has_training_form(module: nn.Module, x: torch.Tensor) -> bool:
 @torch.jit.ignore
 def block_has_training_form(block: nn.ModuleDict, x: torch.Tensor) -> bool:
     """Whether a block can run on x (N, C, H, W) in the training form and that saves time."""
-    if x.numel() < MANY_PIXELS * x.shape[1] or not has_training_form(block, x):
+    if not has_training_form(block, x) or x.numel() < MANY_PIXELS * x.shape[1]:
         return False
     # Of other channels the layers complain, as buffers for all of them would not.
     return x.shape[1] == next(iter(block.values())).conv1.in_channels
