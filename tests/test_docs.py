@@ -71,7 +71,7 @@ PYTHON_VALUES = [
     ("hf_hub_id='OWNER/NAME'", "file='output/RUN/hub/model.safetensors', num_classes=10"),
     ("'dense2net121_s8', pretrained=True, pretrained_cfg_overlay", (
         "'dense2net40_k12_s4', block_config=(1, 1, 1), pretrained=True, pretrained_cfg_overlay")),
-    ('build_demo().launch()', 'build_demo()'),
+    ("build_demo().launch(max_file_size='64mb')", 'build_demo()'),
 ]
 
 
