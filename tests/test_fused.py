@@ -428,10 +428,11 @@ def test_weights_of_other_kinds_are_left_to_the_layers():
 
     fused, x = reparameterize_model(create()), images(2, 3, 32, 32)
     expected, block = fused(x), fused.features.denseblock1
-    assert block.runs_in_place(x)
     linear = block.denselayer1.conv1.linear
+    maps = images(2, linear.in_features, 8, 8)
+    assert block.runs_in_place(maps)
     linear.weight = torch.nn.Parameter(linear.weight.as_subclass(Quantized), requires_grad=False)
-    assert not block.runs_in_place(x)
+    assert not block.runs_in_place(maps)
     torch.testing.assert_close(fused(x).as_subclass(torch.Tensor), expected)
 
 
