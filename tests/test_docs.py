@@ -28,10 +28,11 @@ from timm_dense2net.options import build_parser, parse_args
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / 'README.md', *sorted((ROOT / 'docs').glob('*.md')), ROOT / 'benchmarks' / 'README.md']
 
-# Replaces the data and the model of a training command, and its length.
+# Replaces the data and the model of a training command, and its length. In float32, as torch 2.14 gives gradients from
+# memory never written for a 3x3 convolution of stride 2 on a 1x1 map in bfloat16 on CPUs that have it.
 SMALL = [
     '--dataset', 'digits', '--img-size', '8', '--model', 'test_resnet', '--model-kwargs', '--drop-path', '0',
-    '--epochs', '1', '--warmup-epochs', '0', '--mixup-off-epoch', '0', '-b', '256', '--device', 'cpu']
+    '--epochs', '1', '--warmup-epochs', '0', '--mixup-off-epoch', '0', '-b', '256', '--device', 'cpu', '--no-amp']
 
 # Pattern of a command -> why it does not run here. What is true of the command as it stands is still checked.
 NOT_RUN = {
