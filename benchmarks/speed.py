@@ -35,11 +35,12 @@ CONTENDERS = {
     'ours-bf16': 'this package, bfloat16 autocast, channels_last',
     'ours-ckpt': 'this package, gradient checkpointing',
     'fused': 'this package, reparameterize_model',
+    'fused-bf16': 'this package, reparameterize_model, bfloat16 autocast, channels_last',
     'compiled': 'this package, torch.compile',
     'densenet121': "timm's densenet121, 3x3 stride-1 stem",
     'res2net50': "timm's res2net50_26w_4s at equal input",
 }
-FORWARD_ONLY = ('fused',)
+FORWARD_ONLY = ('fused', 'fused-bf16')
 TRAIN_ONLY = ('ours-ckpt',)
 # Few CPUs compute in bfloat16, and compiling these nets for a CPU takes many minutes.
 DEFAULTS = [
@@ -73,7 +74,7 @@ def step_of(name: str, mode: str, batch: int, scale: int) -> Tuple[nn.Module, Ca
         model, x = model.to(memory_format=torch.channels_last), x.to(memory_format=torch.channels_last)
     if name == 'ours-ckpt':
         model.set_grad_checkpointing()
-    if name == 'fused':
+    if name in FORWARD_ONLY:
         model = reparameterize_model(model.eval())
     run = torch.compile(model) if name == 'compiled' else model
     model.train(mode == 'train')

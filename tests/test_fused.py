@@ -266,6 +266,39 @@ def test_bfloat16_and_memory_format(channels_last):
         torch.testing.assert_close(y.float(), expected, **bound)
 
 
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize('size, kind', [(32, 'se'), (8, 's4'), (32, 'baseline'), (32, 'groups')])
+def test_autocast_computes_in_place_what_the_layers_do(size, kind, dtype, three_threads, monkeypatch):
+    fused = reparameterize_model(create(**KINDS[kind]))
+    x = images(50, 3, size, size)
+    calls = []
+    of_block = timm_dense2net.fused.block_in_place
+    monkeypatch.setattr(timm_dense2net.fused, 'block_in_place', lambda *args: calls.append(1) or of_block(*args))
+    with torch.no_grad(), torch.autocast('cpu', dtype):
+        y = fused(x)
+        assert len(calls) == 2 * 3  # two groups of images, three blocks
+        with monkeypatch.context() as patch:
+            patch.setattr(FusedDenseBlock, 'runs_in_place', lambda self, x: False)
+            expected = fused(x)
+        torch.testing.assert_close(y, expected, rtol=0.05, atol=0.02 * expected.abs().max().item())
+        # Maps that autocast would not have made are left to the layers, whose maps are of the wider type.
+        block, maps = fused.features.denseblock1, images(2, fused.features.denseblock1.denselayer1.in_chs, 8, 8)
+        assert block.runs_in_place(maps.to(dtype)) and not block.runs_in_place(maps)
+        assert block(maps).dtype == torch.float32
+    with torch.no_grad(), pytest.raises(RuntimeError, match='scalar type'):
+        block(maps.to(dtype))
+
+
+def test_the_plain_form_by_parts_under_autocast(monkeypatch):
+    model, x = create(), images(7, 3, 32, 32)
+    with torch.no_grad(), torch.autocast('cpu', torch.bfloat16):
+        expected = model(x)
+        monkeypatch.setattr(timm_dense2net.in_place, 'CACHE_BYTES', 100_000 // torch.get_num_threads())
+        assert timm_dense2net.in_place.runs_by_parts(
+            model.features.denseblock1, images(7, model.features.conv0.out_channels, 32, 32).bfloat16())
+        torch.testing.assert_close(model(x), expected)
+
+
 def test_features_of_the_fused_net():
     model = create()
     fused = reparameterize_model(model)

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from timm.layers import BatchNormAct2d, FrozenBatchNormAct2d, SyncBatchNormAct
 
 from .hooks import has_hooks
-from .in_place import block_in_place, in_groups, is_recorded, parts_of, sees_whole_batch
+from .in_place import block_in_place, computing_dtype, in_groups, is_recorded, parts_of, sees_whole_batch
 
 __all__ = ['FusedDenseBlock', 'FusedDenseTransition', 'FusedFeatures', 'FusedSplitHierarchyConv2d', 'is_fusable']
 
@@ -217,8 +217,9 @@ class FusedDenseBlock(nn.ModuleDict):
         """Whether nothing records what is done to x or to the weights, which are those of torch, not quantized ones."""
         if is_recorded(x) or _is_trained(self):
             return False
-        # Of other channels the layers complain, as a buffer for all of them would not.
-        if x.shape[1] != next(iter(self.values())).in_chs:
+        # Of other channels the layers complain, as a buffer for all of them would not, and of another dtype.
+        first = next(iter(self.values()))
+        if x.shape[1] != first.in_chs or x.dtype != computing_dtype(x, first.conv1.linear.weight):
             return False
         return all(_is_torchs(m) for layer in self.values() for m in (layer.conv1.linear, layer.conv3))
 
@@ -243,7 +244,7 @@ class FusedDenseTransition(nn.Module):
     def overwrite(self, x: torch.Tensor) -> torch.Tensor:
         """The same, with the clamp written to x."""
         x = x.permute(0, 2, 3, 1)
-        return self._pool_and_mix(torch.clamp(x, self.conv.lo, self.conv.hi, out=x))
+        return self._pool_and_mix(torch.clamp(x, self.conv.lo.to(x.dtype), self.conv.hi.to(x.dtype), out=x))
 
     def _pool_and_mix(self, clamped: torch.Tensor) -> torch.Tensor:
         x = self.pool(clamped.permute(0, 3, 1, 2))

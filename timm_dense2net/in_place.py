@@ -25,12 +25,16 @@ UNFOLDED_PIXELS = 1024
 
 @torch.jit.ignore
 def is_recorded(x: torch.Tensor) -> bool:
-    """Whether operations on x are traced, differentiated, autocast or without memory, so that none may be in place."""
-    return (
-        is_transformed(x)
-        or x.is_meta
-        or (torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type))
-        or (torch.is_grad_enabled() and x.requires_grad))
+    """Whether operations on x are traced, differentiated or without memory, so that none may be in place."""
+    return is_transformed(x) or x.is_meta or (torch.is_grad_enabled() and x.requires_grad)
+
+
+def computing_dtype(x: torch.Tensor, weight: torch.Tensor) -> torch.dtype:
+    """What a convolution of x computes in: autocast's dtype where that is on, else the weight's."""
+    device = x.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return weight.dtype
 
 
 @torch.jit.ignore
@@ -98,9 +102,12 @@ def in_groups(module: nn.Module, run: Callable[[torch.Tensor], torch.Tensor], x:
     if x.device.type != 'cpu' or groups < 2 or _is_watched() or sees_whole_batch(module):
         return run(x)
     is_inference = torch.is_inference_mode_enabled()
+    # Of this thread; casts of weights that were kept would be this thread's too.
+    autocast = dict(
+        dtype=torch.get_autocast_dtype('cpu'), enabled=torch.is_autocast_enabled('cpu'), cache_enabled=False)
 
     def run_group(group: torch.Tensor) -> torch.Tensor:
-        with torch.inference_mode(is_inference), torch.no_grad():
+        with torch.inference_mode(is_inference), torch.no_grad(), torch.autocast('cpu', **autocast):
             return run(group)
 
     return torch.cat(list(_workers(groups, threads).map(run_group, x.tensor_split(groups))))
@@ -182,13 +189,14 @@ def _run_layer(
         hierarchy: Optional['_Hierarchy'],
 ) -> None:
     """Writes a layer's new features behind the first ``in_chs`` channels of ``features`` (N, H, W, C)."""
-    channels = features.shape[3]
+    # Operations that write to a buffer are not autocast: their weights are cast here.
+    channels, dtype = features.shape[3], features.dtype
     pixels = features.view(-1, channels)
     conv1, c = layer.conv1, layer.in_chs
     x = clamped.as_strided((pixels.shape[0], c), (c, 1))
-    torch.clamp(pixels[:, :c], conv1.lo, conv1.hi, out=x)
+    torch.clamp(pixels[:, :c], conv1.lo.to(dtype), conv1.hi.to(dtype), out=x)
     mid = bottleneck.view(-1, bottleneck.shape[3])
-    torch.addmm(conv1.linear.bias, x, conv1.linear.weight.t(), out=mid)
+    torch.addmm(conv1.linear.bias.to(dtype), x, conv1.linear.weight.to(dtype).t(), out=mid)
     mid.relu_()
     new = pixels[:, c:c + layer.growth_rate]
     if hierarchy is None:
@@ -197,7 +205,7 @@ def _run_layer(
         hierarchy.run(layer.conv2)
         drops = layer.drop_path.training and not isinstance(layer.drop_path, nn.Identity)
         if isinstance(layer.attn, nn.Identity) and not drops:
-            torch.mm(mid, layer.conv3.weight.t(), out=new)
+            torch.mm(mid, layer.conv3.weight.to(dtype).t(), out=new)
             return
         y = layer.conv3(bottleneck).permute(0, 3, 1, 2)
     features[..., c:c + layer.growth_rate] = layer.drop_path(layer.attn(y)).permute(0, 2, 3, 1)
@@ -228,7 +236,8 @@ class _Hierarchy:
 
     def run(self, hierarchy: nn.Module) -> None:
         if self.unfolds:
-            self._run_unfolded(hierarchy.weight.transpose(1, 2).unbind(), hierarchy.bias.unbind())
+            weight, bias = hierarchy.weight.to(self.product.dtype), hierarchy.bias.to(self.product.dtype)
+            self._run_unfolded(weight.transpose(1, 2).unbind(), bias.unbind())
             return
         for i in range(len(self.splits) - 1):
             y = hierarchy.conv(i, (self.splits[i + 1] + self.splits[i]).permute(0, 3, 1, 2))
