@@ -54,6 +54,21 @@ def test_inference_form():
         torch.testing.assert_close(fused(x.to(DEVICE)).cpu(), model(x), rtol=1e-8, atol=1e-8)
 
 
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+def test_inference_form_under_autocast(dtype):
+    model = create().train()
+    model(images(8, 3, 32, 32))
+    model, x = model.eval().float(), images(3, 3, 33, 47).float()
+    fused = reparameterize_model(model).to(DEVICE)
+    with torch.no_grad():
+        expected = model(x)
+        with torch.autocast(DEVICE, dtype):
+            y = fused(x.to(DEVICE))
+            assert fused.features.denseblock1.runs_in_place(fused.features.conv0(x.to(DEVICE)))
+    assert y.dtype == dtype
+    torch.testing.assert_close(y.float().cpu(), expected, rtol=0.1, atol=0.1 * expected.abs().max().item())
+
+
 def test_batches():
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randint(256, (40, 3, 16, 16), dtype=torch.uint8, generator=generator)
