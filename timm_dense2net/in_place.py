@@ -21,6 +21,8 @@ CACHE_BYTES = 4 << 20
 GROUP_IMAGES = 8
 # Up to so many pixels a 3x3 convolution on a CPU is unfolded into a matrix product: a call of oneDNN has a fixed cost.
 UNFOLDED_PIXELS = 1024
+# Up to so many bytes of channels that lie together, torch adds numbers of two bytes on a CPU one by one.
+NARROW_BYTES = 32
 
 
 @torch.jit.ignore
@@ -223,6 +225,7 @@ class _Hierarchy:
         n, h, w, _ = maps.shape
         width = like.width
         self.splits = maps.split(width, 3)
+        self.copies = maps.device.type == 'cpu' and maps.element_size() == 2 and 2 * width <= NARROW_BYTES
         self.unfolds = (
             maps.device.type == 'cpu' and n * h * w <= UNFOLDED_PIXELS
             and (like.kernel_size, like.dilation, like.groups) == (3, 1, 1))
@@ -240,7 +243,10 @@ class _Hierarchy:
             self._run_unfolded(weight.transpose(1, 2).unbind(), bias.unbind())
             return
         for i in range(len(self.splits) - 1):
-            y = hierarchy.conv(i, (self.splits[i + 1] + self.splits[i]).permute(0, 3, 1, 2))
+            x, y = self.splits[i + 1], self.splits[i]
+            if self.copies:
+                x, y = x.contiguous(), y.contiguous()
+            y = hierarchy.conv(i, (x + y).permute(0, 3, 1, 2))
             torch.clamp_min(y.permute(0, 2, 3, 1), 0, out=self.splits[i + 1])
 
     def _run_unfolded(self, weights: Iterable[torch.Tensor], biases: Iterable[torch.Tensor]) -> None:
