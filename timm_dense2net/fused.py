@@ -219,9 +219,10 @@ class FusedDenseBlock(nn.ModuleDict):
             return False
         # Of other channels the layers complain, as a buffer for all of them would not, and of another dtype.
         first = next(iter(self.values()))
-        if x.shape[1] != first.in_chs or x.dtype != computing_dtype(x, first.conv1.linear.weight):
-            return False
-        return all(_is_torchs(m) for layer in self.values() for m in (layer.conv1.linear, layer.conv3))
+        return (
+            x.shape[1] == first.in_chs
+            and all(_is_torchs(m) for layer in self.values() for m in (layer.conv1.linear, layer.conv3))
+            and x.dtype == computing_dtype(x, first.conv1.linear.weight))
 
 
 class FusedDenseTransition(nn.Module):
