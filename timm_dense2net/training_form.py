@@ -147,8 +147,7 @@ class _Norm(NamedTuple):
     def forward(self, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
         """relu(norm(x)) of (..., C)."""
         x, rows = _as_rows(x, out)
-        scale, shift = _repeat((self.scale, self.shift), x)
-        torch.addcmul(shift, x, scale, out=rows).clamp_min_(0)
+        _affine(x, *_repeat((self.scale, self.shift), x), out=rows).clamp_min_(0)
         return out
 
     def backward(self, dy: torch.Tensor, y: torch.Tensor, x: torch.Tensor) -> Tuple[torch.Tensor, ...]:
@@ -161,7 +160,8 @@ class _Norm(NamedTuple):
         terms = _stats_terms(self.mean, self.stats_gradient(*daffine), y.numel() // y.shape[-1])
         offset, slope, scale = _repeat((*terms, self.scale), x)
         for part in _parts(x, *x.shape):
-            torch.addcmul(torch.addcmul(offset, x[part], slope), dnormed[part], scale, out=dnormed[part])
+            dpart = dnormed[part]
+            dpart.copy_(_affine(x[part], slope, offset).add_(_affine(dpart, scale)))
         return dy, *daffine
 
     def parameter_gradients(
@@ -224,6 +224,26 @@ def _repeat(values: Sequence[torch.Tensor], rows: torch.Tensor) -> Sequence[torc
     return values if pixels == 1 else [value.expand(pixels, -1).flatten() for value in values]
 
 
+def _affine(
+        x: torch.Tensor,
+        scale: torch.Tensor,
+        shift: Optional[torch.Tensor] = None,
+        out: Optional[torch.Tensor] = None,
+) -> torch.Tensor:
+    """shift + scale x of rows (rows, C) in any dtype; scale and shift (C,) have that of the statistics."""
+    out = torch.empty_like(x, memory_format=torch.contiguous_format) if out is None else out
+    shift = torch.zeros_like(scale) if shift is None else shift
+    if x.dtype == scale.dtype or x.device.type != 'cpu':
+        return torch.addcmul(shift, x, scale, out=out)
+    # A CPU's operations on two dtypes convert both to one in passes of their own; batch norm knows bfloat16 maps with
+    # float32 statistics, here those of a channel of mean 0 and variance 1.
+    unused = scale.new_empty(0)
+    torch.ops.aten.native_batch_norm.out(
+        x.contiguous(), scale, shift, torch.zeros_like(scale), torch.ones_like(scale), False, 0., 0., out=out,
+        save_mean=unused, save_invstd=unused)
+    return out
+
+
 def _batch_stats(x: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
     """Mean and biased variance (C,) of (N, C, H, W), in float32 or float64."""
     channels = x.shape[1]
@@ -258,7 +278,7 @@ def _add_stats_gradient(
     """Write to out dx and what the gradients (2, C) of mean and variance of x add to it; all (pixels, C)."""
     offset, slope = _stats_terms(mean, gradient, x.shape[0])
     for part in _parts(x, *x.shape):
-        torch.add(dx[part], torch.addcmul(offset, x[part], slope), out=out[part])
+        torch.add(dx[part], _affine(x[part], slope, offset), out=out[part])
 
 
 def _update_running_stats(norm: BatchNormAct2d, mean: torch.Tensor, var: torch.Tensor, count: int) -> None:
@@ -554,12 +574,11 @@ class _LayerPass:
         """
         norm2 = self.norm2
         offset, slope = _stats_terms(norm2.mean, norm2.stats_gradient(*daffine2), len(features))
-        terms = [t.view(self.splits, self.width) for t in (offset, slope, norm2.scale)]
         daffine = torch.zeros_like(self.buffers.stats[:, :self.in_chs])
         dconv = torch.zeros_like(self.conv1, dtype=daffine.dtype)
         scale = self.norm1.scale.to(features.dtype)
         for part in _parts(features, *features.shape):
-            x, d = features[part].contiguous(), self._dbottleneck(bottleneck, dnormed, part, *terms)
+            x, d = features[part].contiguous(), self._dbottleneck(bottleneck, dnormed, part, offset, slope, norm2.scale)
             y = self.norm1.forward(x, torch.empty_like(x))
             dconv += d.t() @ y
             dy = d @ self.conv1
@@ -577,9 +596,8 @@ class _LayerPass:
             scale: torch.Tensor,
     ) -> torch.Tensor:
         """A part (rows, splits * width) of the gradient of conv1's output: offset + slope x + scale dnormed."""
-        x, dnormed = (t.flatten(1, 3)[:, part].transpose(0, 1) for t in (bottleneck, dnormed))
-        d = torch.addcmul(offset, x, slope, out=x.new_empty(x.shape))
-        return d.addcmul_(dnormed, scale).flatten(1)
+        x, dnormed = (_merge(t.flatten(1, 3)[:, part]) for t in (bottleneck, dnormed))
+        return _affine(x, slope, offset).add_(_affine(dnormed, scale))
 
 
 def _merge(splits: torch.Tensor) -> torch.Tensor:
