@@ -15,13 +15,15 @@ import torch.nn as nn
 from safetensors import SafetensorError
 from timm.layers import convert_sync_batchnorm
 from timm.models import get_arch_name, is_model, load_checkpoint
-from timm.utils import random_seed
+from timm.utils import random_seed, reparameterize_model
 
 from .augment import ProgressiveResize
 from .checkpoint import load_metadata
 from .convert import conversion_metadata, convert_res2net, load_converted, recorded_conversion
 from .data import check_same_classes, load_images
+from .distillation import Distillation, loss_weights
 from .distributed import Processes
+from .engine import autocast_factory
 from .errors import one_line
 from .hub import LOAD_ERRORS
 from .images import PREPROCESSING, Images, dataset_stats, hold_out_split
@@ -34,7 +36,8 @@ from .trained import check_fits, load_test_split, load_trained, weights_config, 
 from .trainer import Trainer
 
 __all__ = [
-    'RunData', 'build_data', 'build_loader', 'build_model', 'build_trained', 'build_trainer', 'weights_metadata']
+    'RunData', 'build_data', 'build_distillation', 'build_loader', 'build_model', 'build_trained', 'build_trainer',
+    'weights_metadata']
 
 
 @dataclass(frozen=True)
@@ -163,7 +166,7 @@ def build_model(args: argparse.Namespace, images: Images, with_weights: bool = T
             convert_res2net(model, args.res2net_scale)
     except LOAD_ERRORS as e:
         raise ValueError(f'{args.model}: {one_line(e)}') from e
-    _check_sizes(args, model, tuple(images.image_shape))
+    _check_sizes(args, args.model, model, tuple(images.image_shape))
     if args.freeze_stages:
         freeze_stages(model, args.freeze_stages)
     return convert_sync_batchnorm(model) if args.sync_bn else model
@@ -181,14 +184,15 @@ def _load_initial(model: nn.Module, path: str) -> None:
         raise ValueError(f'--initial-checkpoint {path}: {why}') from e
 
 
-def _check_sizes(args: argparse.Namespace, model: nn.Module, image_shape: tuple[int, int, int]) -> None:
-    """Refuses images that the model does not take, in the size of any epoch."""
-    check_input(model, args.model, image_shape)
+def _check_sizes(
+        args: argparse.Namespace, name: str, model: nn.Module, image_shape: tuple[int, int, int]) -> None:
+    """Refuses images that a model does not take, in the size of any epoch."""
+    check_input(model, name, image_shape)
     progressive = _progressive_resize(args)
     sizes = [progressive.size(epoch, image_shape[1:]) for epoch in range(args.full_size_epoch)] if progressive else []
     for size in dict.fromkeys(sizes):
         try:
-            check_input(model, args.model, (image_shape[0], *size))
+            check_input(model, name, (image_shape[0], *size))
         except ValueError as e:
             raise ValueError(f'--initial-img-size {args.initial_img_size}: {e}') from e
 
@@ -227,6 +231,27 @@ def _progressive_resize(args: argparse.Namespace) -> ProgressiveResize | None:
     return ProgressiveResize(args.initial_img_size, args.full_size_epoch) if args.initial_img_size else None
 
 
+def build_distillation(args: argparse.Namespace, data: RunData, device: torch.device) -> Distillation | None:
+    """What `--kd-model-name` and `--kd-pretrained-path` ask for; None without a teacher.
+
+    Raises:
+        FileNotFoundError: If there are no such weights.
+        ValueError: If there is no such teacher, or it does not fit the data.
+    """
+    if not args.kd_model_name and not args.kd_pretrained_path:
+        return None
+    teacher = load_trained(args.kd_model_name, args.kd_pretrained_path)
+    check_fits(teacher, data.train)
+    _check_sizes(args, teacher.name, teacher.model, tuple(data.train.image_shape))
+    # Its form for inference, where it has one.
+    model = reparameterize_model(teacher.model).requires_grad_(False)
+    if args.channels_last:
+        model = model.to(memory_format=torch.channels_last)
+    return Distillation(
+        model, (data.mean, data.std), (teacher.data_config['mean'], teacher.data_config['std']), args.kd_temperature,
+        *loss_weights(args.distill_loss_weight, args.task_loss_weight), autocast_factory(args, device)).to(device)
+
+
 def build_trainer(
         args: argparse.Namespace,
         data: RunData,
@@ -246,7 +271,8 @@ def build_trainer(
     random_seed(args.seed, processes.rank)
     trainer = trainer_class(
         args, model, build_loader(args, data.train, data, processes, train=True),
-        build_loader(args, data.validation, data, processes), weights_metadata(args, data, model), processes)
+        build_loader(args, data.validation, data, processes), weights_metadata(args, data, model), processes,
+        build_distillation(args, data, processes.device))
     if state is not None:
         trainer.load_state_dict(state)
     return trainer

@@ -11,6 +11,8 @@ from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.models import model_parameters
 from timm.utils import NativeScaler, dispatch_clip_grad
 
+from .distillation import Distillation
+
 __all__ = ['Batch', 'TrainLoss', 'TrainStep', 'autocast_factory', 'evaluate', 'predict']
 
 # Normalised images (B, C, H, W), and class indices (B,) or class weights (B, number of classes).
@@ -45,6 +47,7 @@ class TrainStep:
         scaler: Gradient scaler, for float16.
         clip_grad: Clipping value; None for no clipping.
         clip_mode: Clipping mode of `timm.utils.dispatch_clip_grad`.
+        distillation: Adds a teacher's answers to the loss.
     """
 
     def __init__(
@@ -56,6 +59,7 @@ class TrainStep:
             scaler: NativeScaler | None = None,
             clip_grad: float | None = None,
             clip_mode: str = 'norm',
+            distillation: Distillation | None = None,
     ):
         self.model = model
         self.loss_fn = loss_fn
@@ -64,6 +68,7 @@ class TrainStep:
         self.scaler = scaler
         self.clip_grad = clip_grad
         self.clip_mode = clip_mode
+        self.distillation = distillation
         # As in timm's train.py: what AdaHessian needs of the gradients.
         self.create_graph = getattr(optimizer, 'is_second_order', False)
         self.parameters = list(model_parameters(model, exclude_head='agc' in clip_mode))
@@ -83,6 +88,8 @@ class TrainStep:
                 with self.autocast():
                     logits = self.model(images)
                 loss = self.loss_fn(logits, targets)
+                if self.distillation is not None:
+                    loss = self.distillation(loss, logits, images)
                 self._backward(loss / len(batches), last)
             figures.append(torch.stack((loss.detach(), _count_right(logits.detach(), targets))))
         self.optimizer.zero_grad(set_to_none=True)

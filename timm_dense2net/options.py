@@ -41,7 +41,8 @@ SCHEDULES = ('plateau', 'cosine', 'tanh', 'step', 'multistep', 'poly', 'wsd', 'r
 _NOT_SAVED = ('resume', 'eval_only', 'checkpoint')
 
 # They tell of the machine that a run was made on, and nothing of the run.
-_PLACES = frozenset(('output', 'experiment', 'data_dir', 'pretrained_path', 'initial_checkpoint'))
+_PLACES = frozenset((
+    'output', 'experiment', 'data_dir', 'pretrained_path', 'initial_checkpoint', 'kd_pretrained_path'))
 
 # They say how a machine does the work and what it shows of it.
 HOST_ARGS = frozenset((
@@ -63,8 +64,9 @@ _RANGES = (
         ('log_interval', 1), ('checkpoint_interval', 0), ('hold_out', 0), ('early_stop_patience', 0), ('img_size', 1),
         ('full_size_epoch', 1), ('workers', 0), ('freeze_stages', 0), ('patience_epochs', 0),
         ('cooldown_epochs', 0), ('warmup_epochs', 0), ('num_classes', 1), ('lr', 0), ('warmup_lr', 0), ('min_lr', 0),
-        ('weight_decay', 0), ('seed', 0))),
-    *((name, 'above 0', lambda value: value > 0) for name in ('clip_grad', 'decay_rate', 'decay_epochs', 'opt_eps')),
+        ('weight_decay', 0), ('seed', 0), ('distill_loss_weight', 0), ('task_loss_weight', 0))),
+    *((name, 'above 0', lambda value: value > 0) for name in (
+        'clip_grad', 'decay_rate', 'decay_epochs', 'opt_eps', 'kd_temperature')),
     ('opt_betas', 'in [0, 1)', lambda value: all(0 <= beta < 1 for beta in value)),
     *((name, 'in [0, 1)', lambda value: 0 <= value < 1) for name in (
         'smoothing', 'momentum', 'model_ema_decay', 'drop', 'drop_path')),
@@ -102,6 +104,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_model_args(parser.add_argument_group('Model'))
     _add_optimization_args(parser.add_argument_group('Optimizer and schedule'))
     _add_augmentation_args(parser.add_argument_group('Augmentation'))
+    _add_distillation_args(parser.add_argument_group('Knowledge distillation'))
     _add_speed_args(parser.add_argument_group('Speed and machines'))
     return parser
 
@@ -218,6 +221,17 @@ def _add_augmentation_args(group: argparse._ArgumentGroup) -> None:
     group.add_argument('--mixup-off-epoch', type=int, default=0, metavar='N', help=(
         'first epoch without mixup and cutmix, 0: never off'))
     group.add_argument('--smoothing', type=float, default=0., metavar='E', help='label smoothing')
+
+
+def _add_distillation_args(group: argparse._ArgumentGroup) -> None:
+    group.add_argument('--kd-model-name', metavar='MODEL', help=(
+        "teacher: a timm model with weights for the data's classes, whose answers are targets too"))
+    group.add_argument('--kd-pretrained-path', metavar='PATH', help=(
+        "teacher's run folder or safetensors file; --kd-model-name is only needed where it does not say the model"))
+    group.add_argument('--kd-temperature', type=float, default=4., metavar='T', help='(%(default)s)')
+    group.add_argument('--distill-loss-weight', type=float, metavar='W', help=(
+        "weight of the teacher's answers (1, or what the task weight leaves of 1)"))
+    group.add_argument('--task-loss-weight', type=float, metavar='W', help='weight of the labels (1)')
 
 
 def _add_speed_args(group: argparse._ArgumentGroup) -> None:
@@ -414,6 +428,8 @@ def public_model_kwargs(model_kwargs: Mapping[str, Any]) -> dict[str, Any]:
 
 def is_place(name: str, value: Any) -> bool:
     """Whether an argument's value is a path of the machine: packaged weights have a name."""
+    if name == 'kd_model_name':
+        return str(value).startswith('local-dir:')
     return name in _PLACES and not (name == 'pretrained_path' and is_packaged(value))
 
 
@@ -468,6 +484,7 @@ def check_args(args: argparse.Namespace) -> None:
     elif args.checkpoint:
         raise ValueError('--checkpoint names weights to evaluate: add --eval-only, or train on --initial-checkpoint')
     _check_start(args)
+    _check_distillation(args)
     for option, package in (('log_wandb', 'wandb'), ('log_tensorboard', 'tensorboard')):
         if getattr(args, option) and importlib.util.find_spec(package) is None:
             raise ValueError(f'{_option(option)}: {package} is not installed')
@@ -557,3 +574,14 @@ def _check_start(args: argparse.Namespace) -> None:
         raise ValueError(
             f'--freeze-stages {args.freeze_stages} keeps weights as they are, and there are none yet: name them with'
             ' --pretrained, --pretrained-path or --initial-checkpoint')
+
+
+def _check_distillation(args: argparse.Namespace) -> None:
+    given = [name for name in ('distill_loss_weight', 'task_loss_weight') if getattr(args, name) is not None]
+    if given and not (args.kd_model_name or args.kd_pretrained_path):
+        raise ValueError(
+            f'{_option(given[0])} weighs the answers of a teacher: name one with --kd-model-name or'
+            ' --kd-pretrained-path')
+    if given == ['task_loss_weight'] and args.task_loss_weight > 1:
+        raise ValueError(
+            f'--task-loss-weight must be at most 1 without --distill-loss-weight, got {args.task_loss_weight}')

@@ -12,7 +12,7 @@ from timm.models import group_parameters
 from timm.utils import freeze
 
 from .checkpoint import load_weights
-from .dense2net import Dense2Net
+from .dense2net import Dense2Net, SplitHierarchyConv2d
 from .packaged import check_packaged, is_packaged, packaged_file
 from .trained import weights_config, weights_file, weights_shape
 
@@ -28,7 +28,8 @@ def pretrained_overlay(path: str | Path, model: nn.Module, class_names: Sequence
     """A file of weights in the place of those that a model's name stands for.
 
     timm adapts head and first convolution as it does for weights of its own. Weights of as many classes as are trained
-    on keep their head, unless the file names other classes. Attention that they were trained without is new.
+    on keep their head, unless the file names other classes. Attention that they were trained without is new, and a
+    hierarchy of fewer splits starts from convolutions side by side.
 
     Args:
         path: Run folder (its last weights), safetensors file, or packaged weights (``ARCH.TAG``).
@@ -47,7 +48,7 @@ def pretrained_overlay(path: str | Path, model: nn.Module, class_names: Sequence
     file = start_file(path)
     check_packaged(str(file))
     weights, metadata = load_weights(file)
-    weights = _attention(model) | weights
+    weights = _attention(model) | _merged_splits(model, weights)
     _check_names(path, weights, metadata, model)
     shape = weights_shape(model.pretrained_cfg, weights)
     num_classes = shape.get('num_classes', 0)
@@ -65,6 +66,46 @@ def _attention(model: nn.Module) -> dict[str, torch.Tensor]:
     if not isinstance(model, Dense2Net):
         return {}
     return {name: tensor for name, tensor in model.state_dict().items() if '.attn.' in name}
+
+
+def _merged_splits(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Weights of hierarchies in as many splits as the model has, where the file has a multiple of them."""
+    merged = dict(weights)
+    for name, layer in model.named_modules():
+        if isinstance(layer, SplitHierarchyConv2d):
+            own = [key for key in weights if key.startswith((f'{name}.convs.', f'{name}.norms.'))]
+            old_scale = 1 + sum(key.startswith(f'{name}.convs.') for key in own)
+            if layer.scale < old_scale and old_scale % layer.scale == 0:
+                tensors = {key.removeprefix(f'{name}.'): merged.pop(key) for key in own}
+                merged |= {f'{name}.{key}': tensor for key, tensor in _merge(tensors, layer.scale, old_scale).items()}
+    return merged
+
+
+def _merge(tensors: Mapping[str, torch.Tensor], scale: int, old_scale: int) -> dict[str, torch.Tensor]:
+    # Each new convolution does what those of its splits did, but takes in the splits before them instead of each
+    # other: not the same function, and near enough to go on from.
+    merged = {}
+    for key in tensors:
+        kind, index, parameter = key.split('.')
+        if int(index) >= scale - 1:
+            continue
+        # Split 0 has no convolution.
+        first = (int(index) + 1) * old_scale // scale - 1
+        parts = [tensors[f'{kind}.{i}.{parameter}'] for i in range(first, first + old_scale // scale)]
+        if kind == 'convs':
+            merged[key] = _block_diagonal(parts)
+        else:
+            merged[key] = torch.cat(parts) if parts[0].ndim else parts[0]
+    return merged
+
+
+def _block_diagonal(kernels: Sequence[torch.Tensor]) -> torch.Tensor:
+    """One kernel (n * O, n * I, H, W) of n kernels (O, I, H, W), side by side."""
+    outputs, inputs, *size = kernels[0].shape
+    merged = kernels[0].new_zeros(len(kernels) * outputs, len(kernels) * inputs, *size)
+    for i, kernel in enumerate(kernels):
+        merged[i * outputs:(i + 1) * outputs, i * inputs:(i + 1) * inputs] = kernel
+    return merged
 
 
 def _check_names(

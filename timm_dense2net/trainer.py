@@ -25,6 +25,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from tqdm import tqdm
 
 from .checkpoint import save_state, save_weights
+from .distillation import Distillation
 from .distributed import Processes
 from .engine import TrainLoss, TrainStep, autocast_factory, evaluate
 from .errors import one_line
@@ -91,6 +92,7 @@ class Trainer:
         eval_loader: Batches of the images that validate.
         weights_metadata: Metadata of the weights' files.
         processes: The processes that train together.
+        distillation: Adds a teacher's answers to the loss.
     """
 
     def __init__(
@@ -101,6 +103,7 @@ class Trainer:
             eval_loader: BatchLoader,
             weights_metadata: dict[str, str],
             processes: Processes,
+            distillation: Distillation | None = None,
     ):
         self.args = args
         self.model = model
@@ -108,6 +111,7 @@ class Trainer:
         self.folder: RunFolder | None = None
         self.weights_metadata = weights_metadata
         self.processes = processes
+        self.distillation = distillation
         self.device = processes.device
         self._build()
 
@@ -138,7 +142,7 @@ class Trainer:
         self.eval_model = self._compile(self.model_to_keep)
         self.step = TrainStep(
             self._compile(self._distribute(model)), TrainLoss(args.smoothing), self.optimizer, self.autocast,
-            self.scaler, args.clip_grad, args.clip_mode)
+            self.scaler, args.clip_grad, args.clip_mode, self.distillation)
 
     def _build_scheduler(self) -> tuple[Any, int]:
         """A scheduler and the number of epochs it makes."""
