@@ -57,6 +57,7 @@ COMMAND_VALUES = [
     ('enlarge output/RUN', 'enlarge enlarged.safetensors'),
     ('--experiment RUN --resume auto', '--experiment NEW --resume auto'),
     ('report output/*', 'report output/RUN'),
+    ('--kd-model-name dense2net121_s8', '--kd-pretrained-path output/RUN'),
     ('--pretrained-path output/RUN', '--pretrained-path output/RUN --model-kwargs block_config=(1,1,1)'),
 ]
 

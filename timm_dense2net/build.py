@@ -240,15 +240,21 @@ def build_distillation(args: argparse.Namespace, data: RunData, device: torch.de
     """
     if not args.kd_model_name and not args.kd_pretrained_path:
         return None
+    if args.kd_model_name:
+        _check_model_name(args.kd_model_name)
     teacher = load_trained(args.kd_model_name, args.kd_pretrained_path)
     check_fits(teacher, data.train)
     _check_sizes(args, teacher.name, teacher.model, tuple(data.train.image_shape))
+    stats = teacher.data_config['mean'], teacher.data_config['std']
+    channels = data.train.image_shape[0]
+    if any(len(values) not in (1, channels) for values in stats):
+        raise ValueError(f'{teacher.name} has a mean and std of {len(stats[0])} channels, the data have {channels}')
     # Its form for inference, where it has one.
     model = reparameterize_model(teacher.model).requires_grad_(False)
     if args.channels_last:
         model = model.to(memory_format=torch.channels_last)
     return Distillation(
-        model, (data.mean, data.std), (teacher.data_config['mean'], teacher.data_config['std']), args.kd_temperature,
+        model, (data.mean, data.std), stats, args.kd_temperature,
         *loss_weights(args.distill_loss_weight, args.task_loss_weight), autocast_factory(args, device)).to(device)
 
 
