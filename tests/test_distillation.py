@@ -124,10 +124,11 @@ def test_teacher_of_packaged_weights_is_in_its_form_for_inference():
 
 
 @pytest.mark.parametrize('more, words', [
-    (['--kd-model-name', 'dense2net9'], ["'dense2net9'"]),
+    (['--kd-model-name', 'dense2net9'], ['--kd-model-name', "'dense2net9'"]),
+    (['--kd-model-name', 'dense2net121_s8', '--kd-pretrained-path', 'x'], ['--kd-model-name', '--kd-pretrained-path']),
     (['--kd-model-name', 'dense2net121_s2'], ['No pretrained weights exist for dense2net121_s2']),
     (['--kd-model-name', 'dense2net40_k12_s4'], ['dense2net40_k12_s4 has 100 classes, the data 10']),
-    (['--kd-pretrained-path', 'nowhere'], ['nowhere']),
+    (['--kd-pretrained-path', 'nowhere'], ['--kd-pretrained-path', 'nowhere']),
     (['--kd-model-name', 'test_resnet', '--kd-temperature', '0'], ['--kd-temperature', 'above 0', '0']),
     (['--kd-model-name', 'test_resnet', '--distill-loss-weight', '-1'], ['--distill-loss-weight', 'at least 0']),
     (['--kd-model-name', 'test_resnet', '--task-loss-weight', '1.5'], ['--task-loss-weight', 'at most 1', '1.5']),
@@ -142,10 +143,11 @@ def test_mistakes_are_one_message(tmp_path, monkeypatch, capsys, more, words):
     assert not (tmp_path / 'output').exists()
 
 
-def test_weights_of_more_splits_start_a_net_of_fewer(tmp_path):
+@pytest.mark.parametrize('cardinality', [1, 4])
+def test_weights_of_more_splits_start_a_net_of_fewer(tmp_path, cardinality):
     """A convolution of the new hierarchy does what those of its splits did, norm and activation too."""
     torch.manual_seed(0)
-    small = dict(block_config=(1, 2), num_classes=10)
+    small = dict(block_config=(1, 2), num_classes=10, cardinality=cardinality)
     source = timm.create_model('dense2net121_s8', **small).train()
     source(torch.randn(8, 3, 16, 16))  # running statistics of its own
     file = tmp_path / 'source.safetensors'

@@ -263,6 +263,21 @@ def test_weights_of_another_run_are_said_to_be_missing(run, option):
     assert wanted in card and 'from weights of another run' in card and 'somewhere' not in card
 
 
+@pytest.mark.parametrize('option, value, told, missing', [
+    ('kd_model_name', f'{MODEL}.small_c100', f'with `{MODEL}.small_c100` as its teacher', None),
+    ('kd_model_name', 'local-dir:/somewhere', 'with a teacher from another run', '--kd-model-name'),
+    ('kd_pretrained_path', '/somewhere', 'with a teacher from another run', '--kd-pretrained-path'),
+])
+def test_the_teacher_is_told_and_where_it_lay_is_not(run, option, value, told, missing):
+    args = yaml.safe_load((run / 'args.yaml').read_text())
+    (run / 'args.yaml').write_text(yaml.safe_dump(args | {option: value}))
+    folder = write_hub_folder(run, REPO, run / 'hub')
+    card = (folder / 'README.md').read_text()
+    assert told in card and 'somewhere' not in card
+    assert missing is None or f', `{missing}` which teacher it has' in card
+    assert (option in yaml.safe_load((folder / 'recipe.yaml').read_text())) == (missing is None)
+
+
 def test_packaged_weights_that_a_run_starts_from_are_told(run):
     start = f'{MODEL}.small_c100'
     args = yaml.safe_load((run / 'args.yaml').read_text())

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,12 +33,14 @@ from .meta import check_input
 from .names import check_model_name
 from .options import augment_config, public_args, public_model_kwargs, saved_args
 from .start import freeze_stages, pretrained_overlay, start_file
-from .trained import check_fits, load_test_split, load_trained, weights_config, weights_file
+from .trained import TrainedModel, check_fits, load_test_split, load_trained, weights_config, weights_file
 from .trainer import Trainer
 
 __all__ = [
     'RunData', 'build_data', 'build_distillation', 'build_loader', 'build_model', 'build_trained', 'build_trainer',
     'weights_metadata']
+
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -166,7 +169,8 @@ def build_model(args: argparse.Namespace, images: Images, with_weights: bool = T
             convert_res2net(model, args.res2net_scale)
     except LOAD_ERRORS as e:
         raise ValueError(f'{args.model}: {one_line(e)}') from e
-    _check_sizes(args, args.model, model, tuple(images.image_shape))
+    check_input(model, args.model, tuple(images.image_shape))
+    _check_progressive_sizes(args, model, tuple(images.image_shape))
     if args.freeze_stages:
         freeze_stages(model, args.freeze_stages)
     return convert_sync_batchnorm(model) if args.sync_bn else model
@@ -184,15 +188,13 @@ def _load_initial(model: nn.Module, path: str) -> None:
         raise ValueError(f'--initial-checkpoint {path}: {why}') from e
 
 
-def _check_sizes(
-        args: argparse.Namespace, name: str, model: nn.Module, image_shape: tuple[int, int, int]) -> None:
-    """Refuses images that a model does not take, in the size of any epoch."""
-    check_input(model, name, image_shape)
+def _check_progressive_sizes(args: argparse.Namespace, model: nn.Module, image_shape: tuple[int, int, int]) -> None:
+    """Refuses images that a model does not take in the size of an early epoch."""
     progressive = _progressive_resize(args)
     sizes = [progressive.size(epoch, image_shape[1:]) for epoch in range(args.full_size_epoch)] if progressive else []
     for size in dict.fromkeys(sizes):
         try:
-            check_input(model, name, (image_shape[0], *size))
+            check_input(model, model.pretrained_cfg['architecture'], (image_shape[0], *size))
         except ValueError as e:
             raise ValueError(f'--initial-img-size {args.initial_img_size}: {e}') from e
 
@@ -240,22 +242,35 @@ def build_distillation(args: argparse.Namespace, data: RunData, device: torch.de
     """
     if not args.kd_model_name and not args.kd_pretrained_path:
         return None
-    if args.kd_model_name:
-        _check_model_name(args.kd_model_name)
-    teacher = load_trained(args.kd_model_name, args.kd_pretrained_path)
-    check_fits(teacher, data.train)
-    _check_sizes(args, teacher.name, teacher.model, tuple(data.train.image_shape))
-    stats = teacher.data_config['mean'], teacher.data_config['std']
-    channels = data.train.image_shape[0]
-    if any(len(values) not in (1, channels) for values in stats):
-        raise ValueError(f'{teacher.name} has a mean and std of {len(stats[0])} channels, the data have {channels}')
+    try:
+        teacher = _load_teacher(args, data.train)
+    except (FileNotFoundError, ValueError) as e:
+        raise type(e)(f'{"--kd-model-name" if args.kd_model_name else "--kd-pretrained-path"}: {one_line(e)}') from e
+    distill_weight, task_weight = loss_weights(args.distill_loss_weight, args.task_loss_weight)
+    _logger.info(
+        f'Teacher: {teacher.name}, temperature {args.kd_temperature}, distillation loss weight {distill_weight},'
+        f' task loss weight {task_weight}')
     # Its form for inference, where it has one.
-    model = reparameterize_model(teacher.model).requires_grad_(False)
+    model = reparameterize_model(teacher.model, inplace=True).requires_grad_(False)
     if args.channels_last:
         model = model.to(memory_format=torch.channels_last)
     return Distillation(
-        model, (data.mean, data.std), stats, args.kd_temperature,
-        *loss_weights(args.distill_loss_weight, args.task_loss_weight), autocast_factory(args, device)).to(device)
+        model, (data.mean, data.std), (teacher.data_config['mean'], teacher.data_config['std']), args.kd_temperature,
+        distill_weight, task_weight, autocast_factory(args, device)).to(device)
+
+
+def _load_teacher(args: argparse.Namespace, images: Images) -> TrainedModel:
+    if args.kd_model_name:
+        _check_model_name(args.kd_model_name)
+    teacher = load_trained(args.kd_model_name, args.kd_pretrained_path)
+    check_fits(teacher, images)
+    _check_progressive_sizes(args, teacher.model, tuple(images.image_shape))
+    channels = images.image_shape[0]
+    for key in ('mean', 'std'):
+        if len(teacher.data_config[key]) not in (1, channels):
+            raise ValueError(
+                f'{teacher.name} has a {key} of {len(teacher.data_config[key])} channels, the data {channels}')
+    return teacher
 
 
 def build_trainer(
@@ -264,8 +279,11 @@ def build_trainer(
         processes: Processes,
         state: Mapping[str, Any] | None = None,
         trainer_class: type[Trainer] = Trainer,
+        distillation: Distillation | None = None,
 ) -> Trainer:
     """The trainer of a run at its beginning, or where it was when `state` was taken.
+
+    With a teacher that is there already, or the one that the arguments name.
 
     Raises:
         ValueError: If the arguments, the data, the model and the state do not fit each other.
@@ -278,7 +296,7 @@ def build_trainer(
     trainer = trainer_class(
         args, model, build_loader(args, data.train, data, processes, train=True),
         build_loader(args, data.validation, data, processes), weights_metadata(args, data, model), processes,
-        build_distillation(args, data, processes.device))
+        distillation or build_distillation(args, data, processes.device))
     if state is not None:
         trainer.load_state_dict(state)
     return trainer

@@ -72,7 +72,9 @@ def model_card(
     name = repo_id.partition('/')[2]
     licence = get_pretrained_cfg(first_model(trained)).license or 'apache-2.0'
     dataset_name = _dataset_names(result)[1]
-    start, left_out = _start(args)
+    start, missing_start = _start(args)
+    teacher, missing_teacher = _teacher(args)
+    left_out = missing_start + missing_teacher
     # Of data in a folder the name alone is told, of all others timm's name, which has a kind before a slash.
     place = '--data-dir' if '/' in dataset or dataset == 'digits' else '--dataset'
     # Batch size and batch statistics are those of a process.
@@ -95,7 +97,7 @@ trained on {dataset_name} with `timm_dense2net`.
 | Classes | {trained.model.num_classes} |
 | Top-1 / top-5 on the test split | {result.top1:.2f} % / {result.top5:.2f} % |
 | Recipe | {_recipe(result)} |
-| Trained | {result.epochs_trained} epochs from {start}, seed {result.seed}; {weights} of {epoch} |
+| Trained | {result.epochs_trained} epochs from {start}{teacher}, seed {result.seed}; {weights} of {epoch} |
 | Hardware | {result.hardware}, {result.wall_time / 3600:.2f} h |
 | Libraries | {result.versions} |
 
@@ -169,6 +171,14 @@ def _start(args: Mapping[str, Any]) -> tuple[str, str]:
         if args.get(name):
             return 'weights of another run', f', `--{name.replace("_", "-")}` which weights it starts from'
     return 'pretrained weights' if args.get('pretrained') else 'random weights', ''
+
+
+def _teacher(args: Mapping[str, Any]) -> tuple[str, str]:
+    """The same of its teacher."""
+    for name in ('kd_pretrained_path', 'kd_model_name'):
+        if args.get(name) and is_place(name, args[name]):
+            return ', with a teacher from another run', f', `--{name.replace("_", "-")}` which teacher it has'
+    return (f', with `{args["kd_model_name"]}` as its teacher', '') if args.get('kd_model_name') else ('', '')
 
 
 def _recipe(result: RunResult) -> str:

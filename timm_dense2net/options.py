@@ -53,7 +53,7 @@ _WEIGHT_KWARGS = frozenset(('pretrained_cfg', 'pretrained_cfg_overlay', 'cache_d
 
 # What a resumed run may change: where things are, how the host works, how fast it goes, how long it lasts.
 _MAY_CHANGE = HOST_ARGS | {
-    'output', 'experiment', 'recipe', 'data_dir', 'batch_size', 'validation_batch_size', 'grad_accum_steps', 'epochs',
+    'output', 'experiment', 'recipe', 'data_dir', 'kd_pretrained_path', 'batch_size', 'validation_batch_size', 'grad_accum_steps', 'epochs',
     'early_stop_patience', 'channels_last', 'grad_checkpointing', 'torchcompile', 'dist_bn', 'sync_bn'}
 
 
@@ -226,8 +226,7 @@ def _add_augmentation_args(group: argparse._ArgumentGroup) -> None:
 def _add_distillation_args(group: argparse._ArgumentGroup) -> None:
     group.add_argument('--kd-model-name', metavar='MODEL', help=(
         "teacher: a timm model with weights for the data's classes, whose answers are targets too"))
-    group.add_argument('--kd-pretrained-path', metavar='PATH', help=(
-        "teacher's run folder or safetensors file; --kd-model-name is only needed where it does not say the model"))
+    group.add_argument('--kd-pretrained-path', metavar='PATH', help="the teacher's run folder or safetensors file")
     group.add_argument('--kd-temperature', type=float, default=4., metavar='T', help='(%(default)s)')
     group.add_argument('--distill-loss-weight', type=float, metavar='W', help=(
         "weight of the teacher's answers (1, or what the task weight leaves of 1)"))
@@ -577,6 +576,10 @@ def _check_start(args: argparse.Namespace) -> None:
 
 
 def _check_distillation(args: argparse.Namespace) -> None:
+    if args.kd_model_name and args.kd_pretrained_path:
+        raise ValueError(
+            "--kd-model-name and --kd-pretrained-path both name the teacher: give one (--kd-model-name '' in the place"
+            " of a recipe's)")
     given = [name for name in ('distill_loss_weight', 'task_loss_weight') if getattr(args, name) is not None]
     if given and not (args.kd_model_name or args.kd_pretrained_path):
         raise ValueError(

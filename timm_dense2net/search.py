@@ -28,8 +28,9 @@ from timm.optim import list_optimizers
 from timm.utils import setup_default_logging
 from tqdm import tqdm
 
-from .build import RunData, build_data, build_trainer
+from .build import RunData, build_data, build_distillation, build_trainer
 from .dense2net import SplitHierarchyConv2d
+from .distillation import Distillation
 from .distributed import Processes, find_device
 from .errors import one_line
 from .figures import has_matplotlib, save_figure
@@ -237,6 +238,7 @@ class Worker:
         folder: The study's folder; each trial has a run folder in it.
         data: The images.
         processes: This process.
+        distillation: The teacher of all trials.
     """
 
     def __init__(
@@ -247,9 +249,10 @@ class Worker:
             folder: Path,
             data: RunData,
             processes: Processes,
+            distillation: Distillation | None = None,
     ):
         self.study, self.args, self.space, self.folder = study, args, space, folder
-        self.data, self.processes = data, processes
+        self.data, self.processes, self.distillation = data, processes, distillation
         self._number = -1  # of the trial at hand
         self._stop = StopSignal()
 
@@ -304,7 +307,7 @@ class Worker:
         """Best top-1 accuracy on the held-out images, in percent."""
         state = read_resumed_state(args, self.processes)
         try:
-            trainer = build_trainer(args, self.data, self.processes, state, _TrialTrainer)
+            trainer = build_trainer(args, self.data, self.processes, state, _TrialTrainer, self.distillation)
             trainer.trial, trainer.stop = trial, self._stop
             with closing(RunFolder(args, start_epoch=trainer.epoch)) as folder:
                 trainer.fit(folder)
@@ -436,7 +439,9 @@ def search(args: argparse.Namespace, train_args: argparse.Namespace, space: Sear
     study = open_study(args.study, url, space, train_args.epochs, args.heartbeat)
     # On its own, whatever started it: workers share the study and no trial.
     processes = Processes(find_device(train_args.device))
-    Worker(study, train_args, space, folder, build_data(train_args), processes).run(args.trials)
+    data = build_data(train_args)
+    teacher = build_distillation(train_args, data, processes.device)
+    Worker(study, train_args, space, folder, data, processes, teacher).run(args.trials)
     path = write_best(study, train_args, space, folder)
     write_trials(study, folder)
     draw_plots(study, folder)

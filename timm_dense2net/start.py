@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from .packaged import check_packaged, is_packaged, packaged_file
 from .trained import weights_config, weights_file, weights_shape
 
 __all__ = ['start_file', 'pretrained_overlay', 'freeze_stages']
+
+_logger = logging.getLogger(__name__)
 
 
 def start_file(name: str | Path) -> Path:
@@ -48,7 +51,10 @@ def pretrained_overlay(path: str | Path, model: nn.Module, class_names: Sequence
     file = start_file(path)
     check_packaged(str(file))
     weights, metadata = load_weights(file)
-    weights = _attention(model) | _merged_splits(model, weights)
+    merged = _merged_splits(model, weights)
+    if merged.keys() != weights.keys():
+        _logger.info(f'{path}: of more splits than the model, whose 3x3 convolutions start from theirs, side by side')
+    weights = _attention(model) | merged
     _check_names(path, weights, metadata, model)
     shape = weights_shape(model.pretrained_cfg, weights)
     num_classes = shape.get('num_classes', 0)
@@ -75,36 +81,38 @@ def _merged_splits(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> dic
         if isinstance(layer, SplitHierarchyConv2d):
             own = [key for key in weights if key.startswith((f'{name}.convs.', f'{name}.norms.'))]
             old_scale = 1 + sum(key.startswith(f'{name}.convs.') for key in own)
-            if layer.scale < old_scale and old_scale % layer.scale == 0:
+            if 1 < layer.scale < old_scale and old_scale % layer.scale == 0:
                 tensors = {key.removeprefix(f'{name}.'): merged.pop(key) for key in own}
-                merged |= {f'{name}.{key}': tensor for key, tensor in _merge(tensors, layer.scale, old_scale).items()}
+                merged |= {f'{name}.{key}': tensor for key, tensor in _merge(tensors, layer, old_scale).items()}
     return merged
 
 
-def _merge(tensors: Mapping[str, torch.Tensor], scale: int, old_scale: int) -> dict[str, torch.Tensor]:
+def _merge(
+        tensors: Mapping[str, torch.Tensor], layer: SplitHierarchyConv2d, old_scale: int) -> dict[str, torch.Tensor]:
     # Each new convolution does what those of its splits did, but takes in the splits before them instead of each
     # other: not the same function, and near enough to go on from.
     merged = {}
     for key in tensors:
-        kind, index, parameter = key.split('.')
-        if int(index) >= scale - 1:
+        kind, index, parameter = key.split('.', 2)
+        if int(index) >= layer.scale - 1:
             continue
-        # Split 0 has no convolution.
-        first = (int(index) + 1) * old_scale // scale - 1
-        parts = [tensors[f'{kind}.{i}.{parameter}'] for i in range(first, first + old_scale // scale)]
+        count = old_scale // layer.scale
+        first = (int(index) + 1) * count - 1  # split 0 has no convolution
+        parts = [tensors[f'{kind}.{i}.{parameter}'] for i in range(first, first + count)]
         if kind == 'convs':
-            merged[key] = _block_diagonal(parts)
+            merged[key] = _side_by_side(parts, layer.width // layer.groups)
         else:
             merged[key] = torch.cat(parts) if parts[0].ndim else parts[0]
     return merged
 
 
-def _block_diagonal(kernels: Sequence[torch.Tensor]) -> torch.Tensor:
-    """One kernel (n * O, n * I, H, W) of n kernels (O, I, H, W), side by side."""
-    outputs, inputs, *size = kernels[0].shape
-    merged = kernels[0].new_zeros(len(kernels) * outputs, len(kernels) * inputs, *size)
-    for i, kernel in enumerate(kernels):
-        merged[i * outputs:(i + 1) * outputs, i * inputs:(i + 1) * inputs] = kernel
+def _side_by_side(kernels: Sequence[torch.Tensor], inputs: int) -> torch.Tensor:
+    """One kernel (n * O, inputs, H, W) of n kernels (O, I, H, W), each group of which reads channels of its own."""
+    rows = torch.cat(list(kernels))
+    width = rows.shape[1]  # of a group, in inputs as in outputs
+    merged = rows.new_zeros(len(rows), inputs, *rows.shape[2:])
+    for first in range(0, len(rows), width):
+        merged[first:first + width, first % inputs:first % inputs + width] = rows[first:first + width]
     return merged
 
 

@@ -160,8 +160,7 @@ class _Norm(NamedTuple):
         terms = _stats_terms(self.mean, self.stats_gradient(*daffine), y.numel() // y.shape[-1])
         offset, slope, scale = _repeat((*terms, self.scale), x)
         for part in _parts(x, *x.shape):
-            dpart = dnormed[part]
-            dpart.copy_(_affine(x[part], slope, offset).add_(_affine(dpart, scale)))
+            _add_affine(_affine(x[part], slope, offset), dnormed[part], scale, out=dnormed[part])
         return dy, *daffine
 
     def parameter_gradients(
@@ -230,18 +229,30 @@ def _affine(
         shift: Optional[torch.Tensor] = None,
         out: Optional[torch.Tensor] = None,
 ) -> torch.Tensor:
-    """shift + scale x of rows (rows, C) in any dtype; scale and shift (C,) have that of the statistics."""
+    """shift + scale x of (rows, ...); scale and shift (...) have the dtype of the statistics, out is contiguous."""
     out = torch.empty_like(x, memory_format=torch.contiguous_format) if out is None else out
     shift = torch.zeros_like(scale) if shift is None else shift
-    if x.dtype == scale.dtype or x.device.type != 'cpu':
+    if _is_one_pass(x, scale):
         return torch.addcmul(shift, x, scale, out=out)
-    # A CPU's operations on two dtypes convert both to one in passes of their own; batch norm knows bfloat16 maps with
-    # float32 statistics, here those of a channel of mean 0 and variance 1.
+    # Batch norm knows bfloat16 maps with float32 statistics, here those of a channel of mean 0 and variance 1.
+    scale, shift = scale.flatten(), shift.flatten()
     unused = scale.new_empty(0)
     torch.ops.aten.native_batch_norm.out(
-        x.contiguous(), scale, shift, torch.zeros_like(scale), torch.ones_like(scale), False, 0., 0., out=out,
-        save_mean=unused, save_invstd=unused)
+        x.contiguous().view(-1, len(scale)), scale, shift, torch.zeros_like(scale), torch.ones_like(scale), False, 0.,
+        0., out=out.view(-1, len(scale)), save_mean=unused, save_invstd=unused)
     return out
+
+
+def _add_affine(total: torch.Tensor, x: torch.Tensor, scale: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """Writes total + scale x to out, which may be either; as in ``_affine``."""
+    if _is_one_pass(x, scale):
+        return torch.addcmul(total, x, scale, out=out)
+    return torch.add(total, _affine(x, scale), out=out)
+
+
+def _is_one_pass(x: torch.Tensor, scale: torch.Tensor) -> bool:
+    # A CPU's operations on two dtypes convert both to one, in passes of their own.
+    return x.dtype == scale.dtype or x.device.type != 'cpu'
 
 
 def _batch_stats(x: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
@@ -574,11 +585,12 @@ class _LayerPass:
         """
         norm2 = self.norm2
         offset, slope = _stats_terms(norm2.mean, norm2.stats_gradient(*daffine2), len(features))
+        terms = [t.view(self.splits, self.width) for t in (offset, slope, norm2.scale)]
         daffine = torch.zeros_like(self.buffers.stats[:, :self.in_chs])
         dconv = torch.zeros_like(self.conv1, dtype=daffine.dtype)
         scale = self.norm1.scale.to(features.dtype)
         for part in _parts(features, *features.shape):
-            x, d = features[part].contiguous(), self._dbottleneck(bottleneck, dnormed, part, offset, slope, norm2.scale)
+            x, d = features[part].contiguous(), self._dbottleneck(bottleneck, dnormed, part, *terms)
             y = self.norm1.forward(x, torch.empty_like(x))
             dconv += d.t() @ y
             dy = d @ self.conv1
@@ -596,8 +608,9 @@ class _LayerPass:
             scale: torch.Tensor,
     ) -> torch.Tensor:
         """A part (rows, splits * width) of the gradient of conv1's output: offset + slope x + scale dnormed."""
-        x, dnormed = (_merge(t.flatten(1, 3)[:, part]) for t in (bottleneck, dnormed))
-        return _affine(x, slope, offset).add_(_affine(dnormed, scale))
+        x, dnormed = (t.flatten(1, 3)[:, part].transpose(0, 1) for t in (bottleneck, dnormed))
+        d = _affine(x, slope, offset)
+        return _add_affine(d, dnormed, scale, out=d).flatten(1)
 
 
 def _merge(splits: torch.Tensor) -> torch.Tensor:
