@@ -365,6 +365,7 @@ def test_several_workers_one_of_them_killed(database, tmp_path, request):
             victim = next((t for t in trials_of(killed) if t.state == TrialState.RUNNING), None)
             if victim is None:
                 start_worker()
+                wait_for(lambda: all(map(trials_of, workers)))
         again = wait_for(lambda: next((
             t for t in study.get_trials(deepcopy=False)
             if t.state in FINISHED and victim.number in numbers_taken_over(t)), None))
