@@ -237,7 +237,6 @@ def build_distillation(args: argparse.Namespace, data: RunData, device: torch.de
     """What `--kd-model-name` and `--kd-pretrained-path` ask for; None without a teacher.
 
     Raises:
-        FileNotFoundError: If there are no such weights.
         ValueError: If there is no such teacher, or it does not fit the data.
     """
     if not args.kd_model_name and not args.kd_pretrained_path:
@@ -245,7 +244,7 @@ def build_distillation(args: argparse.Namespace, data: RunData, device: torch.de
     try:
         teacher = _load_teacher(args, data.train)
     except (FileNotFoundError, ValueError) as e:
-        raise type(e)(f'{"--kd-model-name" if args.kd_model_name else "--kd-pretrained-path"}: {one_line(e)}') from e
+        raise ValueError(f'{"--kd-model-name" if args.kd_model_name else "--kd-pretrained-path"}: {one_line(e)}') from e
     distill_weight, task_weight = loss_weights(args.distill_loss_weight, args.task_loss_weight)
     _logger.info(
         f'Teacher: {teacher.name}, temperature {args.kd_temperature}, distillation loss weight {distill_weight},'
