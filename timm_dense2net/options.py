@@ -53,8 +53,9 @@ _WEIGHT_KWARGS = frozenset(('pretrained_cfg', 'pretrained_cfg_overlay', 'cache_d
 
 # What a resumed run may change: where things are, how the host works, how fast it goes, how long it lasts.
 _MAY_CHANGE = HOST_ARGS | {
-    'output', 'experiment', 'recipe', 'data_dir', 'kd_pretrained_path', 'batch_size', 'validation_batch_size', 'grad_accum_steps', 'epochs',
-    'early_stop_patience', 'channels_last', 'grad_checkpointing', 'torchcompile', 'dist_bn', 'sync_bn'}
+    'output', 'experiment', 'recipe', 'data_dir', 'kd_pretrained_path', 'batch_size', 'validation_batch_size',
+    'grad_accum_steps', 'epochs', 'early_stop_patience', 'channels_last', 'grad_checkpointing', 'torchcompile',
+    'dist_bn', 'sync_bn'}
 
 
 # Option, what it must be, and whether a value is that; text is as it stands in the message.
