@@ -75,7 +75,7 @@ def test_a_teacher_alone_is_learned_from():
 
 @pytest.fixture(scope='module')
 def taught(tmp_path_factory):
-    """Folder with a teacher's run and a student's, of another size of image."""
+    """Folder with a teacher's run and a student's, its images normalised by other figures."""
     folder = tmp_path_factory.mktemp('taught')
     assert finish(start(arguments(folder, '--epochs', '1', name='teacher'), folder / 'teacher.log')) == 0
     assert finish(start(student(folder, 'student'), folder / 'student.log')) == 0, (folder / 'student.log').read_text()

@@ -170,7 +170,7 @@ def build_model(args: argparse.Namespace, images: Images, with_weights: bool = T
     except LOAD_ERRORS as e:
         raise ValueError(f'{args.model}: {one_line(e)}') from e
     check_input(model, args.model, tuple(images.image_shape))
-    _check_progressive_sizes(args, model, tuple(images.image_shape))
+    _check_progressive_sizes(args, args.model, model, tuple(images.image_shape))
     if args.freeze_stages:
         freeze_stages(model, args.freeze_stages)
     return convert_sync_batchnorm(model) if args.sync_bn else model
@@ -188,13 +188,14 @@ def _load_initial(model: nn.Module, path: str) -> None:
         raise ValueError(f'--initial-checkpoint {path}: {why}') from e
 
 
-def _check_progressive_sizes(args: argparse.Namespace, model: nn.Module, image_shape: tuple[int, int, int]) -> None:
+def _check_progressive_sizes(
+        args: argparse.Namespace, name: str, model: nn.Module, image_shape: tuple[int, int, int]) -> None:
     """Refuses images that a model does not take in the size of an early epoch."""
     progressive = _progressive_resize(args)
     sizes = [progressive.size(epoch, image_shape[1:]) for epoch in range(args.full_size_epoch)] if progressive else []
     for size in dict.fromkeys(sizes):
         try:
-            check_input(model, model.pretrained_cfg['architecture'], (image_shape[0], *size))
+            check_input(model, name, (image_shape[0], *size))
         except ValueError as e:
             raise ValueError(f'--initial-img-size {args.initial_img_size}: {e}') from e
 
@@ -263,7 +264,7 @@ def _load_teacher(args: argparse.Namespace, images: Images) -> TrainedModel:
         _check_model_name(args.kd_model_name)
     teacher = load_trained(args.kd_model_name, args.kd_pretrained_path)
     check_fits(teacher, images)
-    _check_progressive_sizes(args, teacher.model, tuple(images.image_shape))
+    _check_progressive_sizes(args, teacher.name, teacher.model, tuple(images.image_shape))
     channels = images.image_shape[0]
     for key in ('mean', 'std'):
         if len(teacher.data_config[key]) not in (1, channels):

@@ -91,12 +91,12 @@ def _merge(
         tensors: Mapping[str, torch.Tensor], layer: SplitHierarchyConv2d, old_scale: int) -> dict[str, torch.Tensor]:
     # Each new convolution does what those of its splits did, but takes in the splits before them instead of each
     # other: not the same function, and near enough to go on from.
+    count = old_scale // layer.scale
     merged = {}
     for key in tensors:
         kind, index, parameter = key.split('.', 2)
         if int(index) >= layer.scale - 1:
             continue
-        count = old_scale // layer.scale
         first = (int(index) + 1) * count - 1  # split 0 has no convolution
         parts = [tensors[f'{kind}.{i}.{parameter}'] for i in range(first, first + count)]
         if kind == 'convs':
