@@ -8,6 +8,7 @@ ratio is the median over the rounds of a network's time over the slides' network
 first call are measured in a process of their own for each network. Writes speed.md, speed.csv and speed.png.
 """
 import argparse
+import gc
 import statistics
 import time
 from pathlib import Path
@@ -23,6 +24,8 @@ from tqdm import tqdm
 
 from memory import in_process, peak_mb_of
 from reference import PlainDense2Net
+from timm_dense2net.cuda_graph import WARM_UP_CALLS
+from timm_dense2net.engine import TrainStep
 from timm_dense2net.environment import environment
 from timm_dense2net.figures import new_figure, save_figure
 from timm_dense2net.files import write_csv, write_text
@@ -37,14 +40,17 @@ CONTENDERS = {
     'fused': 'this package, reparameterize_model',
     'fused-bf16': 'this package, reparameterize_model, bfloat16 autocast, channels_last',
     'compiled': 'this package, torch.compile',
+    'graph-bf16': 'this package, bfloat16 autocast, channels_last, captured in a CUDA graph',
+    'layers-bf16': 'the same, what follows the bottlenecks compiled (compile_layers)',
     'densenet121': "timm's densenet121, 3x3 stride-1 stem",
     'res2net50': "timm's res2net50_26w_4s at equal input",
 }
 FORWARD_ONLY = ('fused', 'fused-bf16')
-TRAIN_ONLY = ('ours-ckpt',)
-# Few CPUs compute in bfloat16, and compiling these nets for a CPU takes many minutes.
+GRAPHS = ('graph-bf16', 'layers-bf16')
+TRAIN_ONLY = ('ours-ckpt', *GRAPHS)
+# Few CPUs compute in bfloat16, and compiling these nets takes many minutes.
 DEFAULTS = [
-    name for name in CONTENDERS if DEVICE.type == 'cuda' or not name.endswith('bf16') and name != 'compiled']
+    name for name in CONTENDERS if name != 'compiled' and (DEVICE.type == 'cuda' or not name.endswith('bf16'))]
 COLUMNS = ['mode', 'batch', 'network', 'ms', 'ratio', 'images_per_s', 'ceiling_share', 'first_call_s', 'peak_mb']
 
 
@@ -86,6 +92,13 @@ def step_of(name: str, mode: str, batch: int, scale: int) -> Tuple[nn.Module, Ca
     if mode == 'forward':
         return model, forward
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=1e-4)
+    if name in GRAPHS:
+        if name == 'layers-bf16':
+            model.compile_layers()
+        captured = TrainStep(
+            model, nn.CrossEntropyLoss(), optimizer, lambda: torch.autocast(DEVICE.type, torch.bfloat16),
+            cuda_graph=True)
+        return model, lambda: captured([(x, target)])
 
     def train() -> None:
         optimizer.zero_grad()
@@ -115,11 +128,25 @@ def turn(step: Callable[[], Any]) -> float:
 
 
 def probe(name: str, mode: str, batch: int, scale: int) -> Dict[str, float]:
-    """First-call time, and peak memory above that of the process with the network and its batch in it."""
+    """First-call time (to the capture of a graph), and peak memory above that of the process with the network in it."""
     model, step = step_of(name, mode, batch, scale)
     times = []
-    peak_mb = peak_mb_of(lambda: times.append(seconds(step)))
-    return dict(first_call_s=times[0], peak_mb=peak_mb)
+
+    def first_calls() -> None:
+        times.extend(seconds(step) for _ in range(WARM_UP_CALLS + 1 if name in GRAPHS else 1))
+
+    peak_mb = peak_mb_of(first_calls)
+    return dict(first_call_s=sum(times), peak_mb=peak_mb)
+
+
+def probe_apart(*args: Any) -> Dict[str, float]:
+    # A GPU's memory is counted by torch, whatever the process has done before.
+    if DEVICE.type == 'cpu':
+        return in_process(probe, *args)
+    figures = probe(*args)
+    gc.collect()
+    torch.cuda.empty_cache()
+    return figures
 
 
 def machine_rates(dtype: torch.dtype) -> Tuple[float, float]:
@@ -160,12 +187,12 @@ def measure(
 ) -> List[Dict[str, Any]]:
     skipped = TRAIN_ONLY if mode == 'forward' else FORWARD_ONLY
     names = [n for n in names if n not in skipped]
-    probes = {n: in_process(probe, n, mode, batch, scale) for n in tqdm(names, desc=f'{mode} {batch}: memory')}
+    probes = {n: probe_apart(n, mode, batch, scale) for n in tqdm(names, desc=f'{mode} {batch}: memory')}
     work = {n: count_work(create(n, scale), mode, batch) for n in names}
     steps = {n: step_of(n, mode, batch, scale)[1] for n in names}
-    for step in steps.values():  # compilation and the allocator's growth are no part of a step
-        step()
-        step()
+    for step in steps.values():  # compilation, the allocator's growth and capture are no part of a step
+        for _ in range(WARM_UP_CALLS + 1):
+            step()
     times: Dict[str, List[float]] = {n: [] for n in names}
     for _ in tqdm(range(rounds), desc=f'{mode} {batch}: time'):
         for name, step in steps.items():

@@ -9,6 +9,7 @@ from training_runs import arguments, read_summary_rows, run_here
 from timm_dense2net import training_form
 from timm_dense2net.augment import AugmentConfig
 from timm_dense2net.dense2net import Dense2Net
+from timm_dense2net.engine import TrainLoss, TrainStep
 from timm_dense2net.fused import FusedDenseBlock
 from timm_dense2net.images import ImageArrays
 from timm_dense2net.loader import BatchLoader
@@ -20,6 +21,20 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a G
 def create(**kwargs):
     torch.manual_seed(0)
     return Dense2Net(8, (2, 3, 2), num_classes=5, scale=4, dtype=torch.float64, **kwargs)
+
+
+def train(cuda_graph, compiles=False):
+    """Weights and statistics after some steps on batches of two shapes, and the steps' figures."""
+    model = create().train().to(DEVICE)
+    if compiles:
+        model.compile_layers()
+    step = TrainStep(
+        model, TrainLoss(), torch.optim.SGD(model.parameters(), 0.01, momentum=0.9), cuda_graph=cuda_graph)
+    figures = []
+    for index in range(12):
+        x = images(8, 3, 32, 32)[:8 - index // 6 * 2] * (1 + index / 10)
+        figures.append(step([(x.to(DEVICE), torch.arange(len(x), device=DEVICE) % 5)]).clone())
+    return torch.cat(figures, dim=1).cpu(), {name: value.cpu() for name, value in model.state_dict().items()}
 
 
 def images(*shape):
@@ -69,6 +84,16 @@ def test_inference_form_under_autocast(dtype):
     torch.testing.assert_close(y.float().cpu(), expected, rtol=0.1, atol=0.1 * expected.abs().max().item())
 
 
+@pytest.mark.parametrize('compiles', [False, True])
+def test_captured_steps(compiles):
+    figures, state = train(cuda_graph=True, compiles=compiles)
+    expected_figures, expected = train(cuda_graph=False)
+    torch.testing.assert_close(figures, expected_figures, rtol=1e-4, atol=1e-4)
+    for name, value in expected.items():
+        scale = value.double().abs().max().item()
+        torch.testing.assert_close(state[name], value, rtol=1e-4, atol=1e-4 * scale, msg=name)
+
+
 def test_batches():
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randint(256, (40, 3, 16, 16), dtype=torch.uint8, generator=generator)
@@ -81,7 +106,9 @@ def test_batches():
         torch.testing.assert_close((y.cpu(), same.cpu()), (x, targets))
 
 
-@pytest.mark.parametrize('more', [['--amp', '--channels-last'], ['--amp', '--amp-dtype', 'float16', '--torchcompile']])
+@pytest.mark.parametrize('more', [
+    ['--amp', '--channels-last'], ['--amp', '--channels-last', '--cuda-graph', '--torchcompile-layers'],
+    ['--amp', '--amp-dtype', 'float16', '--torchcompile']])
 def test_job_goes_on_where_it_ended(tmp_path, more):
     model = ['--model', 'dense2net40_k12_s4', '--model-kwargs', 'block_config=[1, 1, 1]', '-b', '64']
     argv = arguments(tmp_path, *model, *more, '--lr', '0.02', '--device', DEVICE)

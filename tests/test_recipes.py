@@ -21,7 +21,7 @@ def run_error(capsys, *argv):
 
 def test_packaged_recipes():
     short = ('short', 'short_ft', *(f'short_ft{i}' for i in range(2, 8)), 'short_se', 'short_s4')
-    assert set(list_recipes()) == {*DECK, 'strong', *short, 'small', 'small_ft', 'quick', 'nano'}
+    assert set(list_recipes()) == {*DECK, 'strong', 'sprint', *short, 'small', 'small_ft', 'quick', 'nano'}
 
 
 @pytest.mark.parametrize('name', list_recipes())

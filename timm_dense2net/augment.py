@@ -206,7 +206,7 @@ def _boxes_over(start: np.ndarray, stop: np.ndarray, size: tuple[int, int], devi
     for axis, length in enumerate(size):
         position = np.arange(length)
         inside = (position >= start[..., axis, None]) & (position < stop[..., axis, None])
-        sides.append(to_device(inside.astype(np.float32), device))
+        sides.append(to_device(inside, device).float())
     return torch.einsum('bnh,bnw->bhw', *sides).unsqueeze(1)
 
 

@@ -7,7 +7,8 @@ Papers:
 """
 from collections import OrderedDict
 from contextlib import contextmanager, nullcontext
-from typing import Any, Dict, Iterator, List, Optional, Tuple, Type, Union
+from functools import lru_cache
+from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple, Type, Union
 
 import torch
 import torch.nn as nn
@@ -274,6 +275,7 @@ class DenseLayer(nn.Module):
         self.attn = _create_attn(attn_layer, growth_rate, **dd)
         self.drop_path = DropPath(drop_path) if drop_path > 0. else nn.Identity()
         self.grad_checkpointing = False
+        self.compiles = False
 
     @torch.jit.ignore
     def norms(self) -> List[nn.Module]:
@@ -299,8 +301,14 @@ class DenseLayer(nn.Module):
 
     def _new_features(self, features: List[torch.Tensor]) -> torch.Tensor:
         x = self.conv1(self.norm1(torch.cat(features, 1)))
-        x = self.conv3(self.conv2(self.norm2(x)))
+        if not torch.jit.is_scripting() and self.compiles and self.training:
+            x = _compiled_after_bottleneck()(self, x)
+        else:
+            x = self._after_bottleneck(x)
         return self.drop_path(self.attn(x))
+
+    def _after_bottleneck(self, x: torch.Tensor) -> torch.Tensor:
+        return self.conv3(self.conv2(self.norm2(x)))
 
     @torch.jit.unused
     def _new_features_checkpointed(self, features: List[torch.Tensor]) -> torch.Tensor:
@@ -320,6 +328,13 @@ class DenseLayer(nn.Module):
             if self.grad_checkpointing:
                 return self._new_features_checkpointed(features)
         return self._new_features(features)
+
+
+@lru_cache
+def _compiled_after_bottleneck() -> Callable[[DenseLayer, torch.Tensor], torch.Tensor]:
+    # Of the class, not of each layer: all layers on maps of one size share what is compiled, and a copy of a layer uses
+    # its own weights.
+    return torch.compile(DenseLayer._after_bottleneck, dynamic=False)
 
 
 class DenseBlock(PoolOwner, nn.ModuleDict):
@@ -625,6 +640,16 @@ class Dense2Net(nn.Module):
         for m in self.modules():
             if isinstance(m, DenseLayer):
                 m.grad_checkpointing = enable
+
+    @torch.jit.ignore
+    def compile_layers(self) -> None:
+        """In training mode, compile what follows the bottleneck of the dense layers, once for each size of maps.
+
+        The layers of a block share it, so that it takes a fraction of the time of ``torch.compile`` of the whole net.
+        """
+        for m in self.modules():
+            if isinstance(m, DenseLayer):
+                m.compiles = True
 
     @torch.jit.ignore
     def get_classifier(self) -> nn.Module:

@@ -11,6 +11,7 @@ from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.models import model_parameters
 from timm.utils import NativeScaler, dispatch_clip_grad
 
+from .cuda_graph import CapturedPass
 from .distillation import Distillation
 
 __all__ = ['Batch', 'TrainLoss', 'TrainStep', 'autocast_factory', 'evaluate', 'predict']
@@ -48,6 +49,7 @@ class TrainStep:
         clip_grad: Clipping value; None for no clipping.
         clip_mode: Clipping mode of `timm.utils.dispatch_clip_grad`.
         distillation: Adds a teacher's answers to the loss.
+        cuda_graph: Capture forward and backward pass; for one batch an update, without a scaler.
     """
 
     def __init__(
@@ -60,6 +62,7 @@ class TrainStep:
             clip_grad: float | None = None,
             clip_mode: str = 'norm',
             distillation: Distillation | None = None,
+            cuda_graph: bool = False,
     ):
         self.model = model
         self.loss_fn = loss_fn
@@ -74,6 +77,7 @@ class TrainStep:
         self.parameters = list(model_parameters(model, exclude_head='agc' in clip_mode))
         # Under torch.compile the attributes of DistributedDataParallel are reached through the compiled module.
         self.no_sync = getattr(model, 'no_sync', nullcontext)
+        self.captured = CapturedPass(self._pass, list(model.parameters())) if cuda_graph else None
 
     def __call__(self, batches: Sequence[Batch]) -> torch.Tensor:
         """Updates the weights by the mean gradient of equally large batches.
@@ -81,31 +85,36 @@ class TrainStep:
         Returns:
             (2, number of batches) on the device: mean loss and number of right answers of each batch.
         """
-        figures = []
-        for index, (images, targets) in enumerate(batches):
-            last = index == len(batches) - 1
-            with nullcontext() if last else self.no_sync():
-                with self.autocast():
-                    logits = self.model(images)
-                loss = self.loss_fn(logits, targets)
-                if self.distillation is not None:
-                    loss = self.distillation(loss, logits, images)
-                self._backward(loss / len(batches), last)
-            figures.append(torch.stack((loss.detach(), _count_right(logits.detach(), targets))))
-        self.optimizer.zero_grad(set_to_none=True)
-        return torch.stack(figures, dim=1)
-
-    def _backward(self, loss: torch.Tensor, update: bool) -> None:
-        if self.scaler is not None:
-            self.scaler(
-                loss, self.optimizer, clip_grad=self.clip_grad, clip_mode=self.clip_mode, parameters=self.parameters,
-                create_graph=self.create_graph, need_update=update)
-            return
-        loss.backward(create_graph=self.create_graph)
-        if update:
+        if self.captured is not None:
+            figures = [self.captured(*batch) for batch in batches]
+        else:
+            figures = []
+            for index, batch in enumerate(batches):
+                last = index == len(batches) - 1
+                with nullcontext() if last else self.no_sync():
+                    figures.append(self._pass(*batch, len(batches), last))
+        if self.scaler is None:
             if self.clip_grad is not None:
                 dispatch_clip_grad(self.parameters, self.clip_grad, mode=self.clip_mode)
             self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return torch.stack(figures, dim=1)
+
+    def _pass(self, images: torch.Tensor, targets: torch.Tensor, batches: int = 1, last: bool = True) -> torch.Tensor:
+        """Adds the gradient of one of some batches; returns its mean loss and number of right answers, (2,)."""
+        with self.autocast():
+            logits = self.model(images)
+        loss = self.loss_fn(logits, targets)
+        if self.distillation is not None:
+            loss = self.distillation(loss, logits, images)
+        if self.scaler is None:
+            (loss / batches).backward(create_graph=self.create_graph)
+        else:
+            # After the last batch it takes the optimizer's step too.
+            self.scaler(
+                loss / batches, self.optimizer, clip_grad=self.clip_grad, clip_mode=self.clip_mode,
+                parameters=self.parameters, create_graph=self.create_graph, need_update=last)
+        return torch.stack((loss.detach(), _count_right(logits.detach(), targets)))
 
 
 def _count_right(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

@@ -55,7 +55,7 @@ _WEIGHT_KWARGS = frozenset(('pretrained_cfg', 'pretrained_cfg_overlay', 'cache_d
 _MAY_CHANGE = HOST_ARGS | {
     'output', 'experiment', 'recipe', 'data_dir', 'kd_pretrained_path', 'batch_size', 'validation_batch_size',
     'grad_accum_steps', 'epochs', 'early_stop_patience', 'channels_last', 'grad_checkpointing', 'torchcompile',
-    'dist_bn', 'sync_bn'}
+    'torchcompile_layers', 'cuda_graph', 'dist_bn', 'sync_bn'}
 
 
 # Option, what it must be, and whether a value is that; text is as it stands in the message.
@@ -241,6 +241,10 @@ def _add_speed_args(group: argparse._ArgumentGroup) -> None:
     group.add_argument('--grad-checkpointing', action=_FLAG, default=False, help=(
         'keep less for the backward pass and compute it again'))
     group.add_argument('--torchcompile', nargs='?', const='inductor', metavar='BACKEND', help='compile the model')
+    group.add_argument('--torchcompile-layers', action=_FLAG, default=False, help=(
+        "compile what follows the bottlenecks of Dense2Net's layers, in a fraction of the time"))
+    group.add_argument('--cuda-graph', action=_FLAG, default=False, help=(
+        'capture forward and backward pass in a CUDA graph; has no effect on other devices'))
     group.add_argument('--sync-bn', action=_FLAG, default=False, help='batch statistics over all processes (GPU)')
     group.add_argument('--dist-bn', default='reduce', choices=('reduce', 'broadcast', ''), help=(
         'share running batch-norm statistics between processes after each epoch'))
@@ -488,6 +492,11 @@ def check_args(args: argparse.Namespace) -> None:
     for option, package in (('log_wandb', 'wandb'), ('log_tensorboard', 'tensorboard')):
         if getattr(args, option) and importlib.util.find_spec(package) is None:
             raise ValueError(f'{_option(option)}: {package} is not installed')
+    if args.cuda_graph and args.grad_accum_steps > 1:
+        raise ValueError(
+            f'--cuda-graph captures an update of one batch: --grad-accum-steps must be 1, got {args.grad_accum_steps}')
+    if args.cuda_graph and args.amp and args.amp_dtype == 'float16':
+        raise ValueError('--cuda-graph and --amp-dtype float16: its gradient scaler waits for the device; give bfloat16')
     if args.sync_bn and not is_distributed_env():
         raise ValueError('--sync-bn shares batch statistics between processes: start them with torchrun')
     if args.sync_bn and (args.device == 'cpu' or not torch.cuda.is_available()):

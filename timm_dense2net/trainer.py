@@ -40,6 +40,9 @@ __all__ = ['Interrupted', 'StopSignal', 'Trainer', 'TrainingError']
 
 _logger = logging.getLogger(__name__)
 
+# At the end of shorter epochs the state is not saved each time: with one of 5 seconds that is a tenth of them.
+SAVE_SECONDS = 10.
+
 
 class TrainingError(RuntimeError):
     """Training cannot go on; the message says why and what is kept."""
@@ -124,6 +127,7 @@ class Trainer:
         self.best: dict[str, float] = {}
         self.epochs_without_gain = 0
         self.seconds = dict(total=0., train=0., epoch=0., epoch_train=0.)
+        self._saved_at = 0.
         self._clock = time.perf_counter()
         self.stop = StopSignal()
 
@@ -140,9 +144,24 @@ class Trainer:
         self.ema = ModelEmaV3(
             model, decay=args.model_ema_decay, use_warmup=args.model_ema_warmup) if args.model_ema else None
         self.eval_model = self._compile(self.model_to_keep)
+        if args.torchcompile_layers:
+            if not hasattr(model, 'compile_layers'):
+                raise ValueError(f'--torchcompile-layers: {args.model} has no compile_layers, Dense2Net has')
+            model.compile_layers()
         self.step = TrainStep(
             self._compile(self._distribute(model)), TrainLoss(args.smoothing), self.optimizer, self.autocast,
-            self.scaler, args.clip_grad, args.clip_mode, self.distillation)
+            self.scaler, args.clip_grad, args.clip_mode, self.distillation, self._captures())
+
+    def _captures(self) -> bool:
+        if not self.args.cuda_graph or self.device.type != 'cuda':
+            return False
+        if self.processes.distributed:
+            raise ValueError('--cuda-graph is for one process: leave it out, or start no others')
+        if getattr(self.optimizer, 'is_second_order', False):
+            raise ValueError(f'--cuda-graph: --opt {self.args.opt} needs gradients of gradients, which are not captured')
+        # As in timm's train.py: what it takes for an algorithm is fixed by the capture anyway.
+        torch.backends.cudnn.benchmark = True
+        return True
 
     def _build_scheduler(self) -> tuple[Any, int]:
         """A scheduler and the number of epochs it makes."""
@@ -351,7 +370,9 @@ class Trainer:
         self.figures.zero_()
         self._tick()
         self.seconds.update(epoch=0., epoch_train=0.)
-        self.save()
+        # All processes save, or none does.
+        if self.finished or self.processes.max(int(self.seconds['total'] - self._saved_at >= SAVE_SECONDS)):
+            self.save()
 
     def _train_metrics(self) -> dict[str, float]:
         world_size, batch_size = self.processes.world_size, self.args.batch_size
@@ -381,6 +402,7 @@ class Trainer:
         if self.folder is not None:
             save_state(self.folder.path, state)
         self._tick()
+        self._saved_at = self.seconds['total']
 
     def state_dict(self) -> dict[str, Any]:
         """All that the rest of the run depends on; every process must take part."""

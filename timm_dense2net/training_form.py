@@ -104,6 +104,8 @@ def block_has_training_form(block: nn.ModuleDict, x: torch.Tensor) -> bool:
     """Whether a block can run on x (N, C, H, W) in the training form and that saves time."""
     if not has_training_form(block, x) or x.numel() < MANY_PIXELS * x.shape[1]:
         return False
+    if any(layer.compiles for layer in block.values()):
+        return False
     # Of other channels the layers complain, as buffers for all of them would not.
     return x.shape[1] == next(iter(block.values())).conv1.in_channels
 
