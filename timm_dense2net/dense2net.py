@@ -300,14 +300,17 @@ class DenseLayer(nn.Module):
         return self.growth_rate, self.conv1.out_channels, *(getattr(self.conv2, name, None) for name in names)
 
     def _new_features(self, features: List[torch.Tensor]) -> torch.Tensor:
-        x = self.conv1(self.norm1(torch.cat(features, 1)))
+        return self.after_bottleneck(self.conv1(self.norm1(torch.cat(features, 1))))
+
+    def after_bottleneck(self, x: torch.Tensor) -> torch.Tensor:
+        """New features (N, growth_rate, H, W) of the bottleneck's maps (N, bn_size * growth_rate, H, W)."""
         if not torch.jit.is_scripting() and self.compiles and self.training:
-            x = _compiled_after_bottleneck()(self, x)
+            x = _compiled_growth()(self, x)
         else:
-            x = self._after_bottleneck(x)
+            x = self._growth(x)
         return self.drop_path(self.attn(x))
 
-    def _after_bottleneck(self, x: torch.Tensor) -> torch.Tensor:
+    def _growth(self, x: torch.Tensor) -> torch.Tensor:
         return self.conv3(self.conv2(self.norm2(x)))
 
     @torch.jit.unused
@@ -331,10 +334,10 @@ class DenseLayer(nn.Module):
 
 
 @lru_cache
-def _compiled_after_bottleneck() -> Callable[[DenseLayer, torch.Tensor], torch.Tensor]:
+def _compiled_growth() -> Callable[[DenseLayer, torch.Tensor], torch.Tensor]:
     # Of the class, not of each layer: all layers on maps of one size share what is compiled, and a copy of a layer uses
     # its own weights.
-    return torch.compile(DenseLayer._after_bottleneck, dynamic=False)
+    return torch.compile(DenseLayer._growth, dynamic=False)
 
 
 class DenseBlock(PoolOwner, nn.ModuleDict):

@@ -496,7 +496,8 @@ def check_args(args: argparse.Namespace) -> None:
         raise ValueError(
             f'--cuda-graph captures an update of one batch: --grad-accum-steps must be 1, got {args.grad_accum_steps}')
     if args.cuda_graph and args.amp and args.amp_dtype == 'float16':
-        raise ValueError('--cuda-graph and --amp-dtype float16: its gradient scaler waits for the device; give bfloat16')
+        raise ValueError(
+            '--cuda-graph and --amp-dtype float16: its gradient scaler waits for the device; give bfloat16')
     if args.sync_bn and not is_distributed_env():
         raise ValueError('--sync-bn shares batch statistics between processes: start them with torchrun')
     if args.sync_bn and (args.device == 'cpu' or not torch.cuda.is_available()):

@@ -158,7 +158,8 @@ class Trainer:
         if self.processes.distributed:
             raise ValueError('--cuda-graph is for one process: leave it out, or start no others')
         if getattr(self.optimizer, 'is_second_order', False):
-            raise ValueError(f'--cuda-graph: --opt {self.args.opt} needs gradients of gradients, which are not captured')
+            raise ValueError(
+                f'--cuda-graph: --opt {self.args.opt} needs gradients of gradients, which are not captured')
         # As in timm's train.py: what it takes for an algorithm is fixed by the capture anyway.
         torch.backends.cudnn.benchmark = True
         return True

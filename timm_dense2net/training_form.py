@@ -10,6 +10,8 @@ keeps or passes over once more for every layer that reads a feature is done once
   gradient checkpointing not even these. Concatenations, norms and activations are computed again in backward, as in
   `Memory-Efficient Implementation of DenseNets` - https://arxiv.org/abs/1707.06990
 * Norm, activation and 1x1 convolution run on so few pixels at a time, that what is between them stays in the caches.
+* On a GPU what follows the bottleneck is left to autograd (`training_form_gpu.py`): there it is the number of kernels
+  that counts.
 * On a CPU the memory of large tensors is kept from one step for the next (`memory_pool.py`).
 * Average pooling after a 1x1 convolution is that convolution after the pooling, on a quarter of the pixels.
 * What is done to each channel of a split of few channels is done to several pixels as one row: vector instructions want
@@ -26,6 +28,8 @@ two follow once, when these sums are complete: in the backward pass of what made
 import math
 import os
 from contextlib import contextmanager
+from functools import lru_cache
+from importlib.util import find_spec
 from typing import Any, Iterator, List, NamedTuple, Optional, Sequence, Tuple, Union
 
 import torch
@@ -39,8 +43,8 @@ from .hooks import has_hooks, is_transformed
 from .memory_pool import MemoryPool, pool_of
 
 __all__ = [
-    'block_has_training_form', 'block_in_training', 'has_training_form', 'plain_form', 'set_training_form',
-    'transition_in_training']
+    'Buffers', 'as_maps', 'as_pixels', 'block_has_training_form', 'block_in_training', 'check_first_order',
+    'has_training_form', 'let_go', 'plain_form', 'set_training_form', 'transition_in_training', 'update_running_stats']
 
 # Bytes of one intermediate result that each thread of a CPU works on at a time.
 CACHE_BYTES = 2 << 20
@@ -84,7 +88,7 @@ def has_training_form(module: nn.Module, x: torch.Tensor) -> bool:
     if not _enabled or is_transformed(x):
         return False
     # Fake tensors, say, have none of the operations on statistics.
-    if type(x) not in (torch.Tensor, nn.Parameter) or x.device.type not in ('cpu', 'cuda'):
+    if type(x) not in (torch.Tensor, nn.Parameter) or not (x.device.type == 'cpu' or runs_on_kernels(x)):
         return False
     if not module.training or x.numel() <= x.shape[1]:
         return False
@@ -99,13 +103,24 @@ def has_training_form(module: nn.Module, x: torch.Tensor) -> bool:
         and not has_hooks(module))
 
 
+def runs_on_kernels(x: torch.Tensor) -> bool:
+    """Whether x lies where the training form is that of `training_form_gpu.py`."""
+    return x.device.type == 'cuda' and _has_triton()
+
+
+@lru_cache
+def _has_triton() -> bool:
+    # It comes with torch, but not on every system.
+    return find_spec('triton') is not None
+
+
 @torch.jit.ignore
 def block_has_training_form(block: nn.ModuleDict, x: torch.Tensor) -> bool:
     """Whether a block can run on x (N, C, H, W) in the training form and that saves time."""
     if not has_training_form(block, x) or x.numel() < MANY_PIXELS * x.shape[1]:
         return False
-    if any(layer.compiles for layer in block.values()):
-        return False
+    if runs_on_kernels(x) and any(layer.grad_checkpointing for layer in block.values()):
+        return False  # autograd would keep all that follows the bottlenecks
     # Of other channels the layers complain, as buffers for all of them would not.
     return x.shape[1] == next(iter(block.values())).conv1.in_channels
 
@@ -187,7 +202,7 @@ class _Norm(NamedTuple):
         return torch.stack([-self.scale * dbias, -0.5 * self.scale * self.invstd * dweight])
 
 
-def _check_first_order(gradient: torch.Tensor) -> None:
+def check_first_order(gradient: torch.Tensor) -> None:
     if torch.is_grad_enabled() or torch._C._functorch.is_legacy_batchedtensor(gradient):
         given = 'create_graph' if torch.is_grad_enabled() else 'is_grads_batched'
         raise RuntimeError(
@@ -200,12 +215,12 @@ def _relu_backward(dy: torch.Tensor, y: torch.Tensor, out: torch.Tensor) -> torc
     return torch.ops.aten.threshold_backward.grad_input(dy, y, 0, grad_input=out)
 
 
-def _as_maps(x: torch.Tensor) -> torch.Tensor:
+def as_maps(x: torch.Tensor) -> torch.Tensor:
     """(N, C, H, W) of (N, H, W, C)."""
     return x.permute(0, 3, 1, 2)
 
 
-def _as_pixels(x: torch.Tensor) -> torch.Tensor:
+def as_pixels(x: torch.Tensor) -> torch.Tensor:
     """(N * H * W, C) of (N, C, H, W), without a copy if x is channels last."""
     return x.permute(0, 2, 3, 1).flatten(0, 2)
 
@@ -263,7 +278,7 @@ def _batch_stats(x: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
     if x.permute(0, 2, 3, 1).is_contiguous():
         x = _as_rows(x.permute(0, 2, 3, 1))[0][..., None, None]
     running = None
-    if x.dtype.itemsize < 4:  # the statistics have the dtype of the running ones
+    if x.dtype.itemsize < 4 and x.device.type == 'cpu':  # the statistics have the dtype of the running ones
         running = x.new_zeros(x.shape[1], dtype=torch.float32)
     mean, var = torch.batch_norm_update_stats(x, running, running, 0.)
     if len(mean) == channels:
@@ -294,7 +309,7 @@ def _add_stats_gradient(
         torch.add(dx[part], _affine(x[part], slope, offset), out=out[part])
 
 
-def _update_running_stats(norm: BatchNormAct2d, mean: torch.Tensor, var: torch.Tensor, count: int) -> None:
+def update_running_stats(norm: BatchNormAct2d, mean: torch.Tensor, var: torch.Tensor, count: int) -> None:
     """As ``BatchNormAct2d`` does after a batch with ``count`` values a channel."""
     if not norm.track_running_stats:
         return
@@ -316,7 +331,7 @@ def _parts(x: torch.Tensor, length: int, row: int) -> Iterator[slice]:
     return (slice(start, start + step) for start in range(0, length, step))
 
 
-class _Buffers:
+class Buffers:
     """Buffers of one pass through a block.
 
     Args:
@@ -335,7 +350,7 @@ class _Buffers:
 
     def write(self, channels: slice, maps: torch.Tensor) -> None:
         # Around autograd's count of writes: nothing in the graph has read these channels.
-        self.features.data[:, channels] = _as_pixels(maps)
+        self.features.data[:, channels] = as_pixels(maps)
         self.stats[0, channels], self.stats[1, channels] = _batch_stats(maps)
 
     def scratch(self, name: str, splits: int, width: int, like: torch.Tensor) -> torch.Tensor:
@@ -353,7 +368,7 @@ class _Buffers:
         self.features = None
 
 
-def _let_go(ctx: Any, *names: str) -> None:
+def let_go(ctx: Any, *names: str) -> None:
     """After a backward pass, lets go of what autograd does not know of, where it does so of the saved tensors.
 
     A loss that is kept keeps its graph, and so all that this still holds.
@@ -373,7 +388,7 @@ class _AddFeatures(Function):
     @staticmethod
     def forward(
             ctx: Any,
-            buffers: _Buffers,
+            buffers: Buffers,
             start: int,
             maps: torch.Tensor,
             features: torch.Tensor,
@@ -391,26 +406,26 @@ class _AddFeatures(Function):
         buffers = ctx.buffers
         dmaps = buffers.pool.empty(dx.shape, dx)
         _add_stats_gradient(dx, x, buffers.stats[0, ctx.channels], dstats[:, ctx.channels], out=dmaps)
-        _let_go(ctx, 'buffers')
-        return None, None, _as_maps(dmaps.view(*buffers.size, -1)), dfeatures, dstats
+        let_go(ctx, 'buffers')
+        return None, None, as_maps(dmaps.view(*buffers.size, -1)), dfeatures, dstats
 
 
 class _Output(Function):
     """Output (N, C, H, W) of a block; in backward, the buffers for the gradients of its features and statistics."""
 
     @staticmethod
-    def forward(ctx: Any, buffers: _Buffers, features: torch.Tensor, stats: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, buffers: Buffers, features: torch.Tensor, stats: torch.Tensor) -> torch.Tensor:
         ctx.buffers = buffers
         ctx.save_for_backward(stats)
-        return _as_maps(features.detach().view(*buffers.size, -1))
+        return as_maps(features.detach().view(*buffers.size, -1))
 
     @staticmethod
     def backward(ctx: Any, doutput: torch.Tensor):
-        _check_first_order(doutput)
+        check_first_order(doutput)
         stats, = ctx.saved_tensors
-        pixels = _as_pixels(doutput)
+        pixels = as_pixels(doutput)
         dfeatures = ctx.buffers.pool.empty(pixels.shape, pixels).copy_(pixels)
-        _let_go(ctx, 'buffers')
+        let_go(ctx, 'buffers')
         return None, dfeatures, torch.zeros_like(stats)
 
 
@@ -436,7 +451,7 @@ class _LayerPass:
     """
 
     def __init__(
-            self, layer: nn.Module, buffers: _Buffers, parameters: Sequence[torch.Tensor], dtype: torch.dtype) -> None:
+            self, layer: nn.Module, buffers: Buffers, parameters: Sequence[torch.Tensor], dtype: torch.dtype) -> None:
         self.layer, self.buffers = layer, buffers
         self.in_chs = layer.conv1.in_channels
         self.has_hierarchy = not isinstance(layer.conv2, nn.Conv2d)
@@ -455,7 +470,7 @@ class _LayerPass:
         """Output (N, C, H, W) of the last convolution; outputs of conv1 and of the hierarchy's convolutions."""
         kept = self.forward_kept(features)
         ys = self._scratch('y', kept[0])
-        return _as_maps(self._conv3(ys) if self.has_hierarchy else self._conv(0, ys[0])), kept
+        return as_maps(self._conv3(ys) if self.has_hierarchy else self._conv(0, ys[0])), kept
 
     def forward_kept(self, features: torch.Tensor) -> List[torch.Tensor]:
         """Outputs of conv1 and of the hierarchy's convolutions; the hierarchy's own goes to the scratch buffer 'y'."""
@@ -468,7 +483,7 @@ class _LayerPass:
         outputs, self.norms = [], []
         for i, affine in enumerate(self.affines):
             z = self.buffers.pool.keep(self._conv(i, ys[i + 1].add_(ys[i])))
-            norm = _Norm.of_batch(*_batch_stats(_as_maps(z)), *affine, self.layer.conv2.norms[i].eps)
+            norm = _Norm.of_batch(*_batch_stats(as_maps(z)), *affine, self.layer.conv2.norms[i].eps)
             norm.forward(z, ys[i + 1])
             outputs.append(z)
             self.norms.append(norm)
@@ -503,13 +518,13 @@ class _LayerPass:
 
     def _conv(self, i: int, x: torch.Tensor) -> torch.Tensor:
         """3x3 convolution i of (N, H, W, width)."""
-        return torch.convolution(_as_maps(x), self.convs[i], *self._conv_args(i)).permute(0, 2, 3, 1).contiguous()
+        return torch.convolution(as_maps(x), self.convs[i], *self._conv_args(i)).permute(0, 2, 3, 1).contiguous()
 
     def _conv_backward(self, i: int, dy: torch.Tensor, x: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
         """Gradients of the input (N, H, W, width) of 3x3 convolution i and of its weight."""
         _, *args = self._conv_args(i)
         dx, dweight, _ = torch.ops.aten.convolution_backward(
-            _as_maps(dy), _as_maps(x), self.convs[i], None, *args, [True, True, False])
+            as_maps(dy), as_maps(x), self.convs[i], None, *args, [True, True, False])
         return dx.permute(0, 2, 3, 1).contiguous(), dweight
 
     def _conv3(self, ys: torch.Tensor) -> torch.Tensor:
@@ -522,10 +537,10 @@ class _LayerPass:
 
     def update_running_stats(self) -> None:
         layer, count = self.layer, math.prod(self.buffers.size)
-        _update_running_stats(layer.norm1, self.norm1.mean, self.norm1.var, count)
-        _update_running_stats(layer.norm2, self.norm2.mean, self.norm2.var, count)
+        update_running_stats(layer.norm1, self.norm1.mean, self.norm1.var, count)
+        update_running_stats(layer.norm2, self.norm2.mean, self.norm2.var, count)
         for module, norm in zip(getattr(layer.conv2, 'norms', []), self.norms):
-            _update_running_stats(module, norm.mean, norm.var, count)
+            update_running_stats(module, norm.mean, norm.var, count)
 
     def backward(
             self,
@@ -626,7 +641,7 @@ class _NewFeatures(Function):
     @staticmethod
     def forward(
             ctx: Any,
-            buffers: _Buffers,
+            buffers: Buffers,
             layer: nn.Module,
             features: torch.Tensor,
             stats: torch.Tensor,
@@ -649,7 +664,7 @@ class _NewFeatures(Function):
             gradients = run.backward(features, kept, dnew, dfeatures, dstats)
         if run.in_chs == run.buffers.in_chs:
             run.buffers.free_scratch()
-        _let_go(ctx, 'run')
+        let_go(ctx, 'run')
         return None, None, dfeatures, dstats, *gradients
 
 
@@ -660,7 +675,7 @@ class _Statistics(Function):
     def forward(ctx: Any, x: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
         x = x.contiguous(memory_format=torch.channels_last)
         ctx.size = (x.shape[0], *x.shape[2:])
-        features, stats = _as_pixels(x.detach()), torch.stack(_batch_stats(x))
+        features, stats = as_pixels(x.detach()), torch.stack(_batch_stats(x))
         ctx.save_for_backward(features, stats)
         return features, stats
 
@@ -668,7 +683,7 @@ class _Statistics(Function):
     def backward(ctx: Any, dfeatures: torch.Tensor, dstats: torch.Tensor) -> torch.Tensor:
         features, stats = ctx.saved_tensors
         _add_stats_gradient(dfeatures, features, stats[0], dstats, out=dfeatures)
-        return _as_maps(dfeatures.view(*ctx.size, -1))
+        return as_maps(dfeatures.view(*ctx.size, -1))
 
 
 class _Transition(Function):
@@ -693,19 +708,19 @@ class _Transition(Function):
         norm = ctx.norm = _Norm.of_batch(*stats, weight, bias, transition.norm.eps)
         ctx.pool, ctx.size = pool, size
         ctx.save_for_backward(features, weight, bias, conv)
-        _update_running_stats(transition.norm, norm.mean, norm.var, len(features))
+        update_running_stats(transition.norm, norm.mean, norm.var, len(features))
         x = features.view(*size, -1)
         matrix = conv.flatten(1).to(x.dtype)
         n, h, w = size
         out = x.new_empty((n, h // 2, w // 2, len(matrix)))
         for images in _parts(x, n, x[0].numel()):
             y = norm.forward(x[images], torch.empty_like(x[images]))
-            out[images] = F.avg_pool2d(_as_maps(y), 2).permute(0, 2, 3, 1) @ matrix.t()
-        return _as_maps(out)
+            out[images] = F.avg_pool2d(as_maps(y), 2).permute(0, 2, 3, 1) @ matrix.t()
+        return as_maps(out)
 
     @staticmethod
     def backward(ctx: Any, dout: torch.Tensor):
-        _check_first_order(dout)
+        check_first_order(dout)
         features, _, _, conv = ctx.saved_tensors
         norm = ctx.norm
         x = features.view(*ctx.size, -1)
@@ -716,13 +731,13 @@ class _Transition(Function):
         with torch.autocast(x.device.type, enabled=False):
             for images in _parts(x, len(x), x[0].numel()):
                 y, d = norm.forward(x[images], torch.empty_like(x[images])), dout[images].permute(0, 2, 3, 1)
-                dconv += d.flatten(0, 2).t() @ _as_pixels(F.avg_pool2d(_as_maps(y), 2))
+                dconv += d.flatten(0, 2).t() @ as_pixels(F.avg_pool2d(as_maps(y), 2))
                 dy = torch.ops.aten.avg_pool2d_backward(
-                    _as_maps(d @ matrix), _as_maps(y), [2, 2], [2, 2], [0, 0], False, True, None).permute(0, 2, 3, 1)
+                    as_maps(d @ matrix), as_maps(y), [2, 2], [2, 2], [0, 0], False, True, None).permute(0, 2, 3, 1)
                 daffine += norm.parameter_gradients(dy, y, x[images], out=dy)
                 torch.mul(dy, norm.scale.to(x.dtype), out=dx[images])
         dstats = norm.stats_gradient(*daffine)
-        _let_go(ctx, 'norm', 'pool')
+        let_go(ctx, 'norm', 'pool')
         return None, None, None, dx.view(features.shape), dstats, *daffine, dconv[..., None, None]
 
 
@@ -734,12 +749,20 @@ def block_in_training(
     With a transition its output, (N, out_chs, H // 2, W // 2), which takes the features' statistics as they are.
     """
     layers = list(block.values())
-    buffers = _Buffers(x, layers[-1].conv1.in_channels + layers[-1].growth_rate, pool_of(block, x))
+    buffers = Buffers(x, layers[-1].conv1.in_channels + layers[-1].growth_rate, pool_of(block, x))
     features, stats = _AddFeatures.apply(buffers, 0, x, buffers.features.detach(), buffers.stats.detach())
     for layer in layers:
-        with torch.autocast(x.device.type, enabled=False):
-            new, features, stats = _NewFeatures.apply(buffers, layer, features, stats, *_layer_parameters(layer))
-        new = layer.drop_path(layer.attn(new))
+        if runs_on_kernels(x):
+            from .training_form_gpu import Bottleneck  # which cannot be imported without triton
+            norm, conv = layer.norm1, layer.conv1
+            with torch.autocast(x.device.type, enabled=False):
+                maps, features, stats = Bottleneck.apply(
+                    buffers, norm, features, stats, norm.weight, norm.bias, conv.weight)
+            new = layer.after_bottleneck(maps)
+        else:
+            with torch.autocast(x.device.type, enabled=False):
+                new, features, stats = _NewFeatures.apply(buffers, layer, features, stats, *_layer_parameters(layer))
+            new = layer.drop_path(layer.attn(new))
         features, stats = _AddFeatures.apply(buffers, layer.conv1.in_channels, new, features, stats)
     buffers.release()
     if transition is None:
@@ -764,4 +787,7 @@ def _apply_transition(
 ) -> torch.Tensor:
     norm, conv = transition.norm, transition.conv
     with torch.autocast(features.device.type, enabled=False):
+        if runs_on_kernels(features):
+            from .training_form_gpu import PooledTransition
+            return PooledTransition.apply(norm, size, features, stats, norm.weight, norm.bias, conv.weight)
         return _Transition.apply(transition, pool, size, features, stats, norm.weight, norm.bias, conv.weight)
