@@ -15,7 +15,7 @@ import torch.nn as nn
 import yaml
 from timm.optim import create_optimizer_v2
 from timm.utils import accuracy
-from training_runs import arguments, finish, read_state, read_summary_rows, run_here, start
+from training_runs import arguments, assert_same_run, finish, read_state, read_summary_rows, run_here, start
 
 from timm_dense2net import build, runs, trainer, training_form
 from timm_dense2net.augment import AugmentConfig, ProgressiveResize
@@ -366,6 +366,17 @@ def test_precision_layout_and_accumulation(tmp_path, more, dtype):
 def test_torchcompile_compiles(tmp_path):
     trainer = make_trainer(tmp_path, '--torchcompile', 'aot_eager')
     assert isinstance(trainer.step.model, torch._dynamo.OptimizedModule)
+
+
+def test_layers_of_other_nets_are_not_compiled(tmp_path):
+    with pytest.raises(ValueError, match='--torchcompile-layers: test_resnet has no compile_layers'):
+        make_trainer(tmp_path, '--torchcompile-layers')
+
+
+def test_a_cuda_graph_is_for_a_gpu(tmp_path):
+    folder, _ = run(tmp_path, '--epochs', '1')
+    with_graph, _ = run(tmp_path, '--epochs', '1', '--cuda-graph', name='graph')
+    assert_same_run(with_graph, folder)
 
 
 def test_training_figures_are_those_of_the_images(tmp_path):
