@@ -5,7 +5,7 @@
 
 All networks of one measurement take turns within every round, so that what else the machine does meets all of them; a
 ratio is the median over the rounds of a network's time over the slides' network's in the same round. Memory and the
-first call are measured in a process of their own for each network. Writes speed.md, speed.csv and speed.png.
+first call are measured on a CPU in a process of its own for each network. Writes speed.md, speed.csv and speed.png.
 """
 import argparse
 import gc
@@ -187,6 +187,8 @@ def measure(
 ) -> List[Dict[str, Any]]:
     skipped = TRAIN_ONLY if mode == 'forward' else FORWARD_ONLY
     names = [n for n in names if n not in skipped]
+    if DEVICE.type == 'cuda':
+        probe('deck', mode, batch, scale)  # what the first of all calls there takes is no network's own
     probes = {n: probe_apart(n, mode, batch, scale) for n in tqdm(names, desc=f'{mode} {batch}: memory')}
     work = {n: count_work(create(n, scale), mode, batch) for n in names}
     steps = {n: step_of(n, mode, batch, scale)[1] for n in names}

@@ -60,6 +60,26 @@ def test_a_copy_has_its_own_weights(graphs):
         torch.testing.assert_close(other(images()), expected(images()))
 
 
+def test_hooks_that_come_later_are_called(graphs):
+    net = create()
+    net.compile_layers()
+    with training_form.plain_form():
+        net(images())
+        called = []
+        net.features.denseblock1.denselayer1.conv2.register_forward_hook(lambda *_: called.append(1))
+        net(images())
+    assert called == [1]
+
+
+def test_many_sizes_are_compiled(graphs):
+    net = create()
+    net.compile_layers()
+    with training_form.plain_form():
+        for size in (16, 20, 24, 32):
+            net(images(size))
+    assert len(graphs) == 10  # of sides 16, 8, 4; 20, 10, 5; 24, 12, 6; 32, and again 16 and 8
+
+
 def test_evaluation_is_not_compiled(graphs):
     net = create().eval()
     net.compile_layers()

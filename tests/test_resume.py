@@ -16,7 +16,6 @@ import yaml
 from training_runs import (
     arguments, assert_same_run, finish, kill, read_state, read_summary_rows, run_here, start, wait_for)
 
-from timm_dense2net import trainer
 from timm_dense2net.checkpoint import CHECKPOINT_FILE, PREVIOUS_FILE, load_weights
 from timm_dense2net.distributed import Processes
 from timm_dense2net.files import LEFTOVERS
@@ -236,33 +235,6 @@ def test_read_only_folder_is_one_message(tmp_path):
         assert not os.listdir(folder)
     log = (tmp_path / 'log').read_text()
     assert log.count('error:') == 1 and 'Permission denied' in log and 'epoch' not in log
-
-
-@pytest.mark.parametrize('seconds, saves', [(1e9, 2), (0., 4)])
-def test_short_epochs_are_saved_now_and_then(tmp_path, monkeypatch, seconds, saves):
-    saved, save = [], Trainer.save
-    monkeypatch.setattr(Trainer, 'save', lambda self: (saved.append(self.epoch), save(self)))
-    monkeypatch.setattr(trainer, 'SAVE_SECONDS', seconds)
-    assert run_here(arguments(tmp_path, '--checkpoint-interval', '0')) == 0
-    assert len(saved) == saves and saved[0] == 0 and saved[-1] == 3
-
-
-def _fail_in_third_epoch():
-    trainer.SAVE_SECONDS = 1e9
-    evaluate = Trainer._evaluate
-
-    def failing(self):
-        if self.epoch == 2:
-            os._exit(1)
-        evaluate(self)
-    Trainer._evaluate = failing
-
-
-def test_epochs_that_were_not_saved_are_trained_again(tmp_path, reference):
-    process = start(arguments(tmp_path, '--checkpoint-interval', '0'), tmp_path / 'log', _fail_in_third_epoch)
-    assert finish(process) == 1
-    assert len(read_summary_rows(tmp_path / 'run')) == 2 and read_state(tmp_path / 'run')['position']['epoch'] == 0
-    assert_same_run(complete(tmp_path, '--checkpoint-interval', '0'), reference)
 
 
 def test_resume_by_folder_keeps_the_arguments(tmp_path, reference):

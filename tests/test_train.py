@@ -373,6 +373,18 @@ def test_layers_of_other_nets_are_not_compiled(tmp_path):
         make_trainer(tmp_path, '--torchcompile-layers')
 
 
+def test_layers_are_not_compiled_for_second_derivatives(tmp_path):
+    with pytest.raises(ValueError, match='--opt adahessian .* --torchcompile-layers'):
+        make_trainer(
+            tmp_path, '--model', 'dense2net40_k12_s4', '--img-size', '32', '--opt', 'adahessian', '--drop', '0',
+            '--torchcompile-layers')
+
+
+def test_a_cuda_graph_is_of_one_batch():
+    with pytest.raises(ValueError, match='one batch, got 2'):
+        update(linear_model(), [batches(2)], cuda_graph=True)
+
+
 def test_a_cuda_graph_is_for_a_gpu(tmp_path):
     folder, _ = run(tmp_path, '--epochs', '1')
     with_graph, _ = run(tmp_path, '--epochs', '1', '--cuda-graph', name='graph')

@@ -60,7 +60,7 @@ class CapturedPass:
         return self._output
 
     def _run_on_other_stream(self, images: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        # A capture is on a stream of its own, for which autograd and cuBLAS must be prepared.
+        # A capture cannot be on the current stream, and autograd and cuBLAS must be prepared for the one it is on.
         if self._stream is None:
             self._stream = torch.cuda.Stream(images.device)
         current = torch.cuda.current_stream(images.device)
@@ -75,6 +75,7 @@ class CapturedPass:
         # Garbage whose destruction waits for the device would end the capture.
         gc.collect()
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
+        # Other threads may go on with copies meanwhile.
+        with torch.cuda.graph(self._graph, stream=self._stream, capture_error_mode='thread_local'):
             self._output = self.run(*self._inputs)
         self._gradients = [parameter.grad for parameter in self.parameters]

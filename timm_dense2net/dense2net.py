@@ -34,7 +34,7 @@ from timm.models._manipulate import MATCH_PREV_GROUP
 from .cifar import CIFAR100_MEAN, CIFAR100_STD
 from .fused import (
     FusedDenseBlock, FusedDenseTransition, FusedFeatures, FusedSplitHierarchyConv2d, is_fusable)
-from .hooks import has_own_hooks
+from .hooks import has_hooks, has_own_hooks, is_transformed
 from .in_place import parts_of, runs_by_parts
 from .memory_pool import PoolOwner
 from .packaged import check_pretrained, packaged_file
@@ -304,11 +304,16 @@ class DenseLayer(nn.Module):
 
     def after_bottleneck(self, x: torch.Tensor) -> torch.Tensor:
         """New features (N, growth_rate, H, W) of the bottleneck's maps (N, bn_size * growth_rate, H, W)."""
-        if not torch.jit.is_scripting() and self.compiles and self.training:
+        if not torch.jit.is_scripting() and self._compiles_now(x):
             x = _compiled_growth()(self, x)
         else:
             x = self._growth(x)
         return self.drop_path(self.attn(x))
+
+    @torch.jit.unused
+    def _compiles_now(self, x: torch.Tensor) -> bool:
+        # What is compiled knows nothing of hooks that come later, nor of torch.func.
+        return self.compiles and self.training and not is_transformed(x) and not has_hooks(self)
 
     def _growth(self, x: torch.Tensor) -> torch.Tensor:
         return self.conv3(self.conv2(self.norm2(x)))
@@ -650,6 +655,8 @@ class Dense2Net(nn.Module):
 
         The layers of a block share it, so that it takes a fraction of the time of ``torch.compile`` of the whole net.
         """
+        # Of blocks and sizes of maps; by default the ninth of a function would not be compiled.
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
         for m in self.modules():
             if isinstance(m, DenseLayer):
                 m.compiles = True

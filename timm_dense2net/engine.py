@@ -77,6 +77,8 @@ class TrainStep:
         self.parameters = list(model_parameters(model, exclude_head='agc' in clip_mode))
         # Under torch.compile the attributes of DistributedDataParallel are reached through the compiled module.
         self.no_sync = getattr(model, 'no_sync', nullcontext)
+        if cuda_graph and scaler is not None:
+            raise ValueError('a gradient scaler waits for the device, which a CUDA graph cannot')
         self.captured = CapturedPass(self._pass, list(model.parameters())) if cuda_graph else None
 
     def __call__(self, batches: Sequence[Batch]) -> torch.Tensor:
@@ -84,9 +86,14 @@ class TrainStep:
 
         Returns:
             (2, number of batches) on the device: mean loss and number of right answers of each batch.
+
+        Raises:
+            ValueError: If there is more than one batch and the pass is captured, which begins with no gradients.
         """
         if self.captured is not None:
-            figures = [self.captured(*batch) for batch in batches]
+            if len(batches) > 1:
+                raise ValueError(f'with a CUDA graph an update is of one batch, got {len(batches)}')
+            figures = [self.captured(*batches[0])]
         else:
             figures = []
             for index, batch in enumerate(batches):

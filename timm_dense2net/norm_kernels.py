@@ -28,7 +28,7 @@ def _affine(mean, var, weight, bias, c, inside, eps):
 
 @triton.jit
 def _forward_kernel(
-        x, out, mean, var, weight, bias, rows, channels, x_stride, eps,
+        x, out, mean, var, weight, bias, rows, channels, x_stride, eps: tl.constexpr,
         BLOCK_ROWS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
 ):
     r = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
@@ -42,7 +42,7 @@ def _forward_kernel(
 
 @triton.jit
 def _backward_kernel(
-        x, dy, dx, sums, mean, var, weight, bias, rows, channels, x_stride, dx_stride, eps,
+        x, dy, dx, sums, mean, var, weight, bias, rows, channels, x_stride, dx_stride, eps: tl.constexpr,
         ADDS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
 ):
     program, programs = tl.program_id(0), tl.num_programs(0)
@@ -82,7 +82,7 @@ def norm_relu(
         x: (rows, C), channels next to each other.
         mean: (C,), as all but x in float32, or float64 where x is.
         var: (C,).
-        weight: (C,).
+        weight: (C,), contiguous like the others.
         bias: (C,).
         eps: Added to the variance.
 
@@ -92,8 +92,9 @@ def norm_relu(
     rows, channels = x.shape
     out = torch.empty((rows, channels), dtype=x.dtype, device=x.device)
     grid = triton.cdiv(rows, BLOCK_ROWS), triton.cdiv(channels, BLOCK_CHANNELS)
-    _forward_kernel[grid](
-        x, out, mean, var, weight, bias, rows, channels, x.stride(0), eps, BLOCK_ROWS, BLOCK_CHANNELS)
+    with torch.cuda.device_of(x):  # Triton launches on the current one
+        _forward_kernel[grid](
+            x, out, mean, var, weight, bias, rows, channels, x.stride(0), eps, BLOCK_ROWS, BLOCK_CHANNELS)
     return out
 
 
@@ -120,8 +121,9 @@ def norm_relu_backward(
     columns = triton.cdiv(channels, BLOCK_CHANNELS)
     programs = min(triton.cdiv(rows, BLOCK_ROWS), MAX_PROGRAMS)
     sums = torch.empty((programs, 2, channels), dtype=mean.dtype, device=x.device)
-    _backward_kernel[programs, columns](
-        x, dy, dx, sums, mean, var, weight, bias, rows, channels, x.stride(0), dx.stride(0), eps,
-        adds, BLOCK_ROWS, BLOCK_CHANNELS)
+    with torch.cuda.device_of(x):
+        _backward_kernel[programs, columns](
+            x, dy, dx, sums, mean, var, weight, bias, rows, channels, x.stride(0), dx.stride(0), eps,
+            adds, BLOCK_ROWS, BLOCK_CHANNELS)
     dbias, dweight = sums.sum(0)
     return dweight * (var + eps).rsqrt(), dbias

@@ -492,6 +492,8 @@ def check_args(args: argparse.Namespace) -> None:
     for option, package in (('log_wandb', 'wandb'), ('log_tensorboard', 'tensorboard')):
         if getattr(args, option) and importlib.util.find_spec(package) is None:
             raise ValueError(f'{_option(option)}: {package} is not installed')
+    if args.cuda_graph and args.grad_checkpointing:
+        raise ValueError('--cuda-graph and --grad-checkpointing: it asks for random states, which a capture has not')
     if args.cuda_graph and args.grad_accum_steps > 1:
         raise ValueError(
             f'--cuda-graph captures an update of one batch: --grad-accum-steps must be 1, got {args.grad_accum_steps}')

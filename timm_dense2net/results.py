@@ -24,8 +24,8 @@ __all__ = ['COLUMNS', 'RunResult', 'read_run', 'read_results', 'write_results', 
 # Arguments that say where, when and how fast a run was made, not what was trained.
 _NOT_OVERRIDES = HOST_ARGS | {
     'recipe', 'model', 'seed', 'output', 'experiment', 'dataset', 'data_dir', 'input_key', 'validation_batch_size',
-    'channels_last', 'grad_checkpointing', 'torchcompile', 'sync_bn', 'dist_bn', 'num_classes', 'mean', 'std',
-    'batch_size', 'grad_accum_steps'}
+    'channels_last', 'grad_checkpointing', 'torchcompile', 'torchcompile_layers', 'cuda_graph', 'sync_bn', 'dist_bn',
+    'num_classes', 'mean', 'std', 'batch_size', 'grad_accum_steps'}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,9 +10,7 @@
 from __future__ import annotations
 
 import argparse
-import math
 import shutil
-import time
 from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
@@ -35,9 +33,6 @@ from .options import ARGS_FILE, public_args, saved_args
 from .trainer import Trainer
 
 __all__ = ['RunFolder', 'read_resumed_state', 'write_run_results']
-
-# Epochs that follow each other faster are not all drawn.
-DRAW_SECONDS = 10.
 
 
 def read_resumed_state(args: argparse.Namespace, processes: Processes) -> dict[str, Any] | None:
@@ -105,20 +100,13 @@ class RunFolder:
             wandb.init(
                 project='timm_dense2net', name=args.experiment, id=args.experiment, resume='allow',
                 config=saved_args(args), dir=str(self.path))
-        self._drawn_at, self._undrawn = -math.inf, False
         self._tensorboard = None
         if args.log_tensorboard:
             from torch.utils.tensorboard import SummaryWriter
             self._tensorboard = SummaryWriter(str(self.path / 'tensorboard'), purge_step=start_epoch)
 
-    def _draw(self) -> None:
-        update_curves(self.path)
-        self._drawn_at, self._undrawn = time.monotonic(), False
-
     def close(self) -> None:
-        """Draws the last epochs' curves and closes TensorBoard's file."""
-        if self._undrawn:
-            self._draw()
+        """Closes TensorBoard's file."""
         if self._tensorboard is not None:
             self._tensorboard.close()
 
@@ -132,9 +120,7 @@ class RunFolder:
         self._edit_summary(lambda path: trim_summary(path, epoch))
         self._edit_summary(
             lambda path: update_summary(epoch, train, evaluation, path, lr=lr, log_wandb=self._log_wandb))
-        self._undrawn = True
-        if time.monotonic() - self._drawn_at >= DRAW_SECONDS:
-            self._draw()
+        update_curves(self.path)
         if self._tensorboard is not None:
             for prefix, metrics in (('train', train), ('eval', evaluation)):
                 for name, value in metrics.items():

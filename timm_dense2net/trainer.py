@@ -20,6 +20,7 @@ import torch.nn as nn
 from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from timm.utils import ModelEmaV3, NativeScaler, distribute_bn
+from torch.backends import cudnn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from tqdm import tqdm
@@ -39,9 +40,6 @@ if TYPE_CHECKING:
 __all__ = ['Interrupted', 'StopSignal', 'Trainer', 'TrainingError']
 
 _logger = logging.getLogger(__name__)
-
-# At the end of shorter epochs the state is not saved each time: with one of 5 seconds that is a tenth of them.
-SAVE_SECONDS = 10.
 
 
 class TrainingError(RuntimeError):
@@ -127,7 +125,6 @@ class Trainer:
         self.best: dict[str, float] = {}
         self.epochs_without_gain = 0
         self.seconds = dict(total=0., train=0., epoch=0., epoch_train=0.)
-        self._saved_at = 0.
         self._clock = time.perf_counter()
         self.stop = StopSignal()
 
@@ -147,6 +144,7 @@ class Trainer:
         if args.torchcompile_layers:
             if not hasattr(model, 'compile_layers'):
                 raise ValueError(f'--torchcompile-layers: {args.model} has no compile_layers, Dense2Net has')
+            self._check_first_order('--torchcompile-layers')
             model.compile_layers()
         self.step = TrainStep(
             self._compile(self._distribute(model)), TrainLoss(args.smoothing), self.optimizer, self.autocast,
@@ -157,12 +155,12 @@ class Trainer:
             return False
         if self.processes.distributed:
             raise ValueError('--cuda-graph is for one process: leave it out, or start no others')
-        if getattr(self.optimizer, 'is_second_order', False):
-            raise ValueError(
-                f'--cuda-graph: --opt {self.args.opt} needs gradients of gradients, which are not captured')
-        # As in timm's train.py: what it takes for an algorithm is fixed by the capture anyway.
-        torch.backends.cudnn.benchmark = True
+        self._check_first_order('--cuda-graph')
         return True
+
+    def _check_first_order(self, option: str) -> None:
+        if getattr(self.optimizer, 'is_second_order', False):
+            raise ValueError(f'--opt {self.args.opt} needs gradients of gradients, for which {option} is not made')
 
     def _build_scheduler(self) -> tuple[Any, int]:
         """A scheduler and the number of epochs it makes."""
@@ -229,8 +227,9 @@ class Trainer:
         """
         self.folder = folder
         try:
-            # The training form has no second derivatives.
-            with self.stop, plain_form() if self.step.create_graph else nullcontext():
+            # The training form has no second derivatives. What cuDNN finds fastest is fixed by a capture.
+            with (self.stop, plain_form() if self.step.create_graph else nullcontext(),
+                  cudnn.flags(benchmark=True) if self.step.captured else nullcontext()):
                 self._fit()
         except OSError as e:
             raise TrainingError(
@@ -371,9 +370,7 @@ class Trainer:
         self.figures.zero_()
         self._tick()
         self.seconds.update(epoch=0., epoch_train=0.)
-        # All processes save, or none does.
-        if self.finished or self.processes.max(int(self.seconds['total'] - self._saved_at >= SAVE_SECONDS)):
-            self.save()
+        self.save()
 
     def _train_metrics(self) -> dict[str, float]:
         world_size, batch_size = self.processes.world_size, self.args.batch_size
@@ -403,7 +400,6 @@ class Trainer:
         if self.folder is not None:
             save_state(self.folder.path, state)
         self._tick()
-        self._saved_at = self.seconds['total']
 
     def state_dict(self) -> dict[str, Any]:
         """All that the rest of the run depends on; every process must take part."""

@@ -10,8 +10,8 @@ keeps or passes over once more for every layer that reads a feature is done once
   gradient checkpointing not even these. Concatenations, norms and activations are computed again in backward, as in
   `Memory-Efficient Implementation of DenseNets` - https://arxiv.org/abs/1707.06990
 * Norm, activation and 1x1 convolution run on so few pixels at a time, that what is between them stays in the caches.
-* On a GPU what follows the bottleneck is left to autograd (`training_form_gpu.py`): there it is the number of kernels
-  that counts.
+* On a GPU what follows the bottleneck is left to autograd, with what that keeps (`training_form_gpu.py`): there it is
+  the number of kernels that counts.
 * On a CPU the memory of large tensors is kept from one step for the next (`memory_pool.py`).
 * Average pooling after a 1x1 convolution is that convolution after the pooling, on a quarter of the pixels.
 * What is done to each channel of a split of few channels is done to several pixels as one row: vector instructions want
@@ -25,11 +25,11 @@ the loss is, where d is that of y where y > 0 and 0 elsewhere, s = sum(d) and t 
 The first term of dx is added up over all layers that read x in one matrix, and dm and dv in one vector each. The other
 two follow once, when these sums are complete: in the backward pass of what made x.
 """
+import logging
 import math
 import os
 from contextlib import contextmanager
 from functools import lru_cache
-from importlib.util import find_spec
 from typing import Any, Iterator, List, NamedTuple, Optional, Sequence, Tuple, Union
 
 import torch
@@ -39,12 +39,15 @@ from torch.autograd import Function
 
 from timm.layers import BatchNormAct2d
 
+from .errors import one_line
 from .hooks import has_hooks, is_transformed
 from .memory_pool import MemoryPool, pool_of
 
 __all__ = [
     'Buffers', 'as_maps', 'as_pixels', 'block_has_training_form', 'block_in_training', 'check_first_order',
     'has_training_form', 'let_go', 'plain_form', 'set_training_form', 'transition_in_training', 'update_running_stats']
+
+_logger = logging.getLogger(__name__)
 
 # Bytes of one intermediate result that each thread of a CPU works on at a time.
 CACHE_BYTES = 2 << 20
@@ -110,8 +113,14 @@ def runs_on_kernels(x: torch.Tensor) -> bool:
 
 @lru_cache
 def _has_triton() -> bool:
-    # It comes with torch, but not on every system.
-    return find_spec('triton') is not None
+    # It comes with torch, but not on every system, and needs a compiler of C besides.
+    try:
+        from .norm_kernels import norm_relu
+        norm_relu(*(torch.ones(size, device='cuda') for size in ((1, 1), 1, 1, 1, 1)), 1e-5)
+    except Exception as e:  # of many kinds, all of which mean the same
+        _logger.warning(f'Training without the kernels of norm_kernels.py: {one_line(e)}')
+        return False
+    return True
 
 
 @torch.jit.ignore

@@ -1,8 +1,8 @@
 """The training form on a GPU: what reads a block's features, by the kernels of `norm_kernels.py`.
 
-The features, their statistics and the gradients of both lie in the buffers of `training_form.py`, and are passed over
-once forward and once backward by each layer. What follows a layer's bottleneck is autograd's own: its maps are narrow,
-and there `torch.compile` finds what can be done in one pass.
+The features, their statistics and the gradients of both lie in the buffers of `training_form.py`. A layer's norm and
+activation take one pass over them forward, one to be made again and one backward. What follows a layer's bottleneck is
+autograd's own: its maps are narrow, and there `torch.compile` finds what can be done in one pass.
 """
 from typing import Any, Tuple
 
@@ -54,22 +54,22 @@ class Bottleneck(Function):
         mean, var = buffers.stats[:, :in_chs]
         y = norm_relu(features[:, :in_chs], mean, var, weight, bias, norm.eps)
         update_running_stats(norm, mean, var, len(y))
-        ctx.save_for_backward(features, y, weight, bias, conv)
+        # y, as wide as all features so far, is made again in backward.
+        ctx.save_for_backward(features, weight, bias, conv)
         maps = y @ conv.flatten(1).to(y.dtype).t()
         return as_maps(maps.view(*buffers.size, -1)), features, stats
 
     @staticmethod
     def backward(ctx: Any, dmaps: torch.Tensor, dfeatures: torch.Tensor, dstats: torch.Tensor):
-        features, y, weight, bias, conv = ctx.saved_tensors
+        features, weight, bias, conv = ctx.saved_tensors
         in_chs = conv.shape[1]
-        mean, var = ctx.buffers.stats[:, :in_chs]
-        with torch.autocast(y.device.type, enabled=False):
+        x, norm = features[:, :in_chs], (*ctx.buffers.stats[:, :in_chs], weight, bias, ctx.eps)
+        with torch.autocast(x.device.type, enabled=False):
             d = as_pixels(dmaps)
-            dconv = (d.t() @ y).to(conv.dtype)
+            dconv = (d.t() @ norm_relu(x, *norm)).to(conv.dtype)
             daffine = norm_relu_backward(
-                d @ conv.flatten(1).to(y.dtype), features[:, :in_chs], mean, var, weight, bias, ctx.eps,
-                dfeatures[:, :in_chs], adds=True)
-            dstats[:, :in_chs] += _stats_gradient(*daffine, var, weight, ctx.eps)
+                d @ conv.flatten(1).to(x.dtype), x, *norm, dfeatures[:, :in_chs], adds=True)
+            dstats[:, :in_chs] += _stats_gradient(*daffine, norm[1], weight, ctx.eps)
         let_go(ctx, 'buffers')
         return None, None, dfeatures, dstats, *daffine, dconv[..., None, None]
 
