@@ -11,7 +11,8 @@ import logging
 import math
 import signal
 import time
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -81,6 +82,15 @@ class StopSignal:
         self.signum = signum
         if signum == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@contextmanager
+def _cudnn_benchmark() -> Iterator[None]:
+    before, cudnn.benchmark = cudnn.benchmark, True
+    try:
+        yield
+    finally:
+        cudnn.benchmark = before
 
 
 class Trainer:
@@ -229,7 +239,7 @@ class Trainer:
         try:
             # The training form has no second derivatives. What cuDNN finds fastest is fixed by a capture.
             with (self.stop, plain_form() if self.step.create_graph else nullcontext(),
-                  cudnn.flags(benchmark=True) if self.step.captured else nullcontext()):
+                  _cudnn_benchmark() if self.step.captured else nullcontext()):
                 self._fit()
         except OSError as e:
             raise TrainingError(
