@@ -300,15 +300,14 @@ class DenseLayer(nn.Module):
         return self.growth_rate, self.conv1.out_channels, *(getattr(self.conv2, name, None) for name in names)
 
     def _new_features(self, features: List[torch.Tensor]) -> torch.Tensor:
-        return self.after_bottleneck(self.conv1(self.norm1(torch.cat(features, 1))))
+        x = self.after_bottleneck(self.conv1(self.norm1(torch.cat(features, 1))))
+        return self.drop_path(self.attn(x))
 
     def after_bottleneck(self, x: torch.Tensor) -> torch.Tensor:
-        """New features (N, growth_rate, H, W) of the bottleneck's maps (N, bn_size * growth_rate, H, W)."""
+        """New features (N, growth_rate, H, W), before attention, of the bottleneck's maps (N, mid_chs, H, W)."""
         if not torch.jit.is_scripting() and self._compiles_now(x):
-            x = _compiled_growth()(self, x)
-        else:
-            x = self._growth(x)
-        return self.drop_path(self.attn(x))
+            return _compiled_growth()(self, x)
+        return self._growth(x)
 
     @torch.jit.unused
     def _compiles_now(self, x: torch.Tensor) -> bool:

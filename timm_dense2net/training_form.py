@@ -44,7 +44,7 @@ from .hooks import has_hooks, is_transformed
 from .memory_pool import MemoryPool, pool_of
 
 __all__ = [
-    'Buffers', 'as_maps', 'as_pixels', 'block_has_training_form', 'block_in_training', 'check_first_order',
+    'Buffers', 'Norm', 'as_maps', 'as_pixels', 'block_has_training_form', 'block_in_training', 'check_first_order',
     'has_training_form', 'let_go', 'plain_form', 'set_training_form', 'transition_in_training', 'update_running_stats']
 
 _logger = logging.getLogger(__name__)
@@ -140,7 +140,7 @@ def _is_covered(norm: nn.Module) -> bool:
         and type(norm.act) is nn.ReLU and isinstance(norm.drop, nn.Identity))
 
 
-class _Norm(NamedTuple):
+class Norm(NamedTuple):
     """Batch norm with ReLU of one batch; tensors are (C,)."""
     mean: torch.Tensor
     var: torch.Tensor  # biased
@@ -159,16 +159,16 @@ class _Norm(NamedTuple):
             weight: torch.Tensor,
             bias: torch.Tensor,
             eps: float,
-    ) -> '_Norm':
+    ) -> 'Norm':
         """The norm with this weight and bias of a batch with this mean and biased variance."""
         invstd = (var + eps).rsqrt()
         scale = weight * invstd
         return cls(mean, var, weight, bias, invstd, scale, torch.addcmul(bias, mean, scale, value=-1), eps)
 
-    def split(self, width: int) -> List['_Norm']:
+    def split(self, width: int) -> List['Norm']:
         """Norms of ``width`` channels each."""
         *values, eps = self
-        return [_Norm(*channels, eps) for channels in zip(*(value.split(width) for value in values))]
+        return [Norm(*channels, eps) for channels in zip(*(value.split(width) for value in values))]
 
     def forward(self, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
         """relu(norm(x)) of (..., C)."""
@@ -467,7 +467,7 @@ class _LayerPass:
         self.splits = layer.conv2.scale if self.has_hierarchy else 1
         self.width = layer.conv1.out_channels // self.splits
         weight, bias, conv1, weight2, bias2, *rest = parameters
-        self.norm1 = _Norm.of_batch(*buffers.stats[:, :self.in_chs], weight, bias, layer.norm1.eps)
+        self.norm1 = Norm.of_batch(*buffers.stats[:, :self.in_chs], weight, bias, layer.norm1.eps)
         self.conv1 = conv1.flatten(1).to(dtype)
         self.affine2 = (weight2, bias2)
         if self.has_hierarchy:
@@ -484,7 +484,7 @@ class _LayerPass:
     def forward_kept(self, features: torch.Tensor) -> List[torch.Tensor]:
         """Outputs of conv1 and of the hierarchy's convolutions; the hierarchy's own goes to the scratch buffer 'y'."""
         bottleneck, stats2 = self._bottleneck(features[:, :self.in_chs])
-        self.norm2 = _Norm.of_batch(*stats2, *self.affine2, self.layer.norm2.eps)
+        self.norm2 = Norm.of_batch(*stats2, *self.affine2, self.layer.norm2.eps)
         self.norms2 = self.norm2.split(self.width)
         ys = self._scratch('y', bottleneck).unbind()
         for norm, x, y in zip(self.norms2, bottleneck, ys):
@@ -492,7 +492,7 @@ class _LayerPass:
         outputs, self.norms = [], []
         for i, affine in enumerate(self.affines):
             z = self.buffers.pool.keep(self._conv(i, ys[i + 1].add_(ys[i])))
-            norm = _Norm.of_batch(*_batch_stats(as_maps(z)), *affine, self.layer.conv2.norms[i].eps)
+            norm = Norm.of_batch(*_batch_stats(as_maps(z)), *affine, self.layer.conv2.norms[i].eps)
             norm.forward(z, ys[i + 1])
             outputs.append(z)
             self.norms.append(norm)
@@ -714,7 +714,7 @@ class _Transition(Function):
             bias: torch.Tensor,
             conv: torch.Tensor,
     ) -> torch.Tensor:
-        norm = ctx.norm = _Norm.of_batch(*stats, weight, bias, transition.norm.eps)
+        norm = ctx.norm = Norm.of_batch(*stats, weight, bias, transition.norm.eps)
         ctx.pool, ctx.size = pool, size
         ctx.save_for_backward(features, weight, bias, conv)
         update_running_stats(transition.norm, norm.mean, norm.var, len(features))
@@ -771,7 +771,7 @@ def block_in_training(
         else:
             with torch.autocast(x.device.type, enabled=False):
                 new, features, stats = _NewFeatures.apply(buffers, layer, features, stats, *_layer_parameters(layer))
-            new = layer.drop_path(layer.attn(new))
+        new = layer.drop_path(layer.attn(new))
         features, stats = _AddFeatures.apply(buffers, layer.conv1.in_channels, new, features, stats)
     buffers.release()
     if transition is None:

@@ -7,29 +7,15 @@ autograd's own: its maps are narrow, and there `torch.compile` finds what can be
 from typing import Any, Tuple
 
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
 from torch.autograd import Function
 
 from timm.layers import BatchNormAct2d
 
 from .norm_kernels import norm_relu, norm_relu_backward
-from .training_form import Buffers, as_maps, as_pixels, check_first_order, let_go, update_running_stats
+from .training_form import Buffers, Norm, as_maps, as_pixels, check_first_order, let_go, update_running_stats
 
 __all__ = ['Bottleneck', 'PooledTransition']
-
-
-def _stats_gradient(
-        dweight: torch.Tensor,
-        dbias: torch.Tensor,
-        var: torch.Tensor,
-        weight: torch.Tensor,
-        eps: float,
-) -> torch.Tensor:
-    """Gradients (2, C) of mean and variance, from those of weight and bias."""
-    invstd = (var + eps).rsqrt()
-    scale = weight * invstd
-    return torch.stack([-scale * dbias, -0.5 * scale * invstd * dweight])
 
 
 class Bottleneck(Function):
@@ -69,7 +55,7 @@ class Bottleneck(Function):
             dconv = (d.t() @ norm_relu(x, *norm)).to(conv.dtype)
             daffine = norm_relu_backward(
                 d @ conv.flatten(1).to(x.dtype), x, *norm, dfeatures[:, :in_chs], adds=True)
-            dstats[:, :in_chs] += _stats_gradient(*daffine, norm[1], weight, ctx.eps)
+            dstats[:, :in_chs] += Norm.of_batch(*norm).stats_gradient(*daffine)
         let_go(ctx, 'buffers')
         return None, None, dfeatures, dstats, *daffine, dconv[..., None, None]
 
@@ -110,6 +96,7 @@ class PooledTransition(Function):
             dy = torch.ops.aten.avg_pool2d_backward(
                 as_maps(d @ conv.flatten(1).to(d.dtype)), maps, [2, 2], [2, 2], [0, 0], False, True, None)
             dx = torch.empty_like(features)
-            daffine = norm_relu_backward(as_pixels(dy), features, *stats, weight, bias, ctx.eps, dx, adds=False)
-            dstats = _stats_gradient(*daffine, stats[1], weight, ctx.eps)
+            norm = (*stats, weight, bias, ctx.eps)
+            daffine = norm_relu_backward(as_pixels(dy), features, *norm, dx, adds=False)
+            dstats = Norm.of_batch(*norm).stats_gradient(*daffine)
         return None, None, dx, dstats, *daffine, dconv[..., None, None]
