@@ -1,5 +1,6 @@
 """The mathematics of the layers and nets, in float64, against an independent functional form."""
 import math
+import re
 
 import pytest
 import timm
@@ -9,6 +10,7 @@ import torch.nn.functional as F
 from timm.utils import reparameterize_model
 
 from timm_dense2net import SplitHierarchyConv2d, in_place
+from timm_dense2net.counts import count_macs, count_params
 from timm_dense2net.dense2net import Dense2Net, DenseLayer
 
 # Counted independently of the code, at 100 classes and 3x32x32.
@@ -207,6 +209,52 @@ def test_sizes(name):
             module.register_forward_hook(count)
     model(torch.randn(1, 3, 32, 32, device='meta'))
     assert round(macs / 1e6) == MACS_M[name]
+
+
+# Layers of each block by depth: Table 1 of DenseNet's paper, and (depth - 4) / 6 in each of three blocks.
+BLOCK_CONFIGS = {
+    '40': (6, 6, 6), '100': (16, 16, 16), '190': (31, 31, 31), '121': (6, 12, 24, 16), '161': (6, 12, 36, 24),
+    '169': (6, 12, 32, 32), '201': (6, 12, 48, 32)}
+
+
+def sizes_of_layer(inputs, growth, scale, groups, se):
+    """Parameters and MACs a pixel of a dense layer, and MACs an image of its squeeze-and-excitation."""
+    width = 4 * growth // scale
+    hierarchy = (scale - 1) * 9 * width ** 2 // groups + 4 * growth ** 2 if scale > 1 else 9 * 4 * growth ** 2
+    convs = inputs * 4 * growth + hierarchy
+    norms = 2 * (inputs + 4 * growth + (scale - 1) * width)
+    hidden = 8 if se else 0  # timm's squeeze-and-excitation has no fewer
+    return convs + norms + hidden * (2 * growth + 1) + growth * se, convs, hidden * 2 * growth
+
+
+def sizes_by_name(name):
+    """Parameters and MACs of a registered net, from what its name says."""
+    dense2net, depth, deep, growth, scale, groups, se = re.fullmatch(
+        r'dense(2?)net(\d+)(d?)(?:_k(\d+))?(?:_s(\d))?(?:_c(\d+))?(_se)?(?:_cifar)?', name).groups()
+    growth, scale, groups, se = int(growth or {'161': 48}.get(depth, 32)), int(scale or 1), int(groups or 1), bool(se)
+    assert bool(dense2net) == (scale > 1)
+    channels, size = 2 * growth, 112 if deep else 32
+    stem = 9 * (3 * growth + growth ** 2 + 2 * growth ** 2) if deep else 9 * 3 * channels
+    params, macs = stem + (2 * 4 * growth if deep else 0), stem * size ** 2
+    size //= 2 if deep else 1
+    for index, layers in enumerate(BLOCK_CONFIGS[depth]):
+        if index:
+            params += channels * (channels // 2) + 2 * channels
+            macs += channels * (channels // 2) * size ** 2
+            channels, size = channels // 2, size // 2
+        for _ in range(layers):
+            layer_params, a_pixel, an_image = sizes_of_layer(channels, growth, scale, groups, se)
+            params += layer_params
+            macs += a_pixel * size ** 2 + an_image
+            channels += growth
+    classes = 1000 if deep else 100
+    return params + 2 * channels + (channels + 1) * classes, macs + channels * classes
+
+
+@pytest.mark.parametrize('name', timm.list_models(module='dense2net'))
+def test_sizes_are_those_of_the_name(name):
+    model = timm.create_model(name, device='meta')
+    assert (count_params(model), count_macs(model, model.default_cfg['input_size'])) == sizes_by_name(name)
 
 
 @pytest.mark.parametrize('kwargs,numbers', [

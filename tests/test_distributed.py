@@ -110,6 +110,22 @@ def test_running_statistics_are_averaged(two_processes):
     assert any('running_mean' in name for name in first) and not differences(first, second)
 
 
+def test_dist_bn_averages_or_takes_those_of_the_first(tmp_path):
+    """Running statistics of one epoch, which no step of training depends on, as each process has its own."""
+    states = {}
+    for mode in ('', 'reduce', 'broadcast'):
+        name = mode or 'own'
+        completed(torchrun(arguments(tmp_path, '-b', '64', '--epochs', '1', f'--dist-bn={mode}', name=name)))
+        states[name] = [process['model'] for process in read_state(tmp_path / name)['processes']]
+    statistics = [key for key in states['own'][0] if key.endswith(('running_mean', 'running_var'))]
+    first, second = states['own']
+    assert statistics and all(not torch.equal(first[key], second[key]) for key in statistics)
+    for key in statistics:
+        for reduced, broadcast in zip(states['reduce'], states['broadcast']):
+            torch.testing.assert_close(reduced[key], (first[key] + second[key]) / 2)
+            assert torch.equal(broadcast[key], first[key])
+
+
 def test_one_process_goes_on_where_two_were(tmp_path, two_processes):
     """At an epoch's end the number of processes may change; within one it may not."""
     shutil.copytree(two_processes, tmp_path / 'run')
