@@ -116,7 +116,7 @@ def test_unknown_recipe_lists_those_there_are(capsys):
     (['--eval-only', '--pretrained', '--resume', 'x'], ['--resume']),
     (['--eval-only', '--pretrained', '--res2net-scale', '4'], ['--eval-only', '--res2net-scale', 'without weights']),
     (['--eval-only', '--checkpoint', 'x', '--initial-checkpoint', 'y'], ['--initial-checkpoint', '--checkpoint']),
-    (['--eval-only', '--checkpoint', 'x', '--recipe', 'short_se'], ['--pretrained-path', 'ARCH.TAG', 'recipe']),
+    (['--eval-only', '--checkpoint', 'x', '--recipe', 'short_s8_se'], ['--pretrained-path', 'ARCH.TAG', 'recipe']),
     (['--checkpoint', 'x'], ['--checkpoint', '--eval-only']),
     (['--pretrained', '--initial-checkpoint', 'x'], ['--pretrained', '--initial-checkpoint']),
     (['--sync-bn'], ['--sync-bn', 'torchrun']),

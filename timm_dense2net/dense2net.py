@@ -813,7 +813,6 @@ default_cfgs = generate_default_cfgs({
     'dense2net121_s4.short_s4_c100': _cfg(file=packaged_file('dense2net121_s4.short_s4_c100')),
     'dense2net121_s8.short_ft7_c100': _cfg(file=packaged_file('dense2net121_s8.short_ft7_c100')),
     'dense2net121_s8.short_ft6_c100': _cfg(file=packaged_file('dense2net121_s8.short_ft6_c100')),
-    'dense2net121_s8.short_ft5_c100': _cfg(file=packaged_file('dense2net121_s8.short_ft5_c100')),
     'dense2net121_s4_c32.untrained': _cfg(),
     'dense2net121_s4_se.short_s4_se_c100': _cfg(file=packaged_file('dense2net121_s4_se.short_s4_se_c100')),
     'dense2net121_s8_se.short_se_c100': _cfg(file=packaged_file('dense2net121_s8_se.short_se_c100')),
