@@ -815,7 +815,7 @@ default_cfgs = generate_default_cfgs({
     'dense2net121_s8.short_ft6_c100': _cfg(file=packaged_file('dense2net121_s8.short_ft6_c100')),
     'dense2net121_s4_c32.untrained': _cfg(),
     'dense2net121_s4_se.short_s4_se_c100': _cfg(file=packaged_file('dense2net121_s4_se.short_s4_se_c100')),
-    'dense2net121_s8_se.short_se_c100': _cfg(file=packaged_file('dense2net121_s8_se.short_se_c100')),
+    'dense2net121_s8_se.short_s8_se_c100': _cfg(file=packaged_file('dense2net121_s8_se.short_s8_se_c100')),
     'dense2net40_k12_s4.small_c100': _cfg(pool_size=(8, 8), file=packaged_file('dense2net40_k12_s4.small_c100')),
     'dense2net40_k12_s4.quick_c100': _cfg(pool_size=(8, 8), file=packaged_file('dense2net40_k12_s4.quick_c100')),
     'dense2net100_k12_s4.small_ft_c100': _cfg(
