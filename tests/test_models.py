@@ -19,7 +19,8 @@ IMAGENET_STATS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 CIFAR_MODELS = [
     'densenet121_cifar', 'dense2net121_s2', 'dense2net121_s4', 'dense2net121_s8', 'dense2net121_s4_c32',
     'dense2net121_s4_se', 'dense2net121_s8_se', 'dense2net40_k12_s4', 'dense2net100_k12_s4', 'dense2net169_s8',
-    'dense2net201_s8', 'dense2net161_s8', 'dense2net190_k40_s4', 'densenet190_k40_cifar']
+    'dense2net201_s8', 'dense2net161_s8', 'dense2net190_k40_s4', 'densenet190_k40_cifar',
+    'densenet40_k12_cifar']
 IMAGENET_MODELS = ['dense2net121d_s4', 'dense2net121d_s8', 'dense2net169d_s8']
 # One of each kind of layer, for what is slow and does not depend on depth.
 KINDS = ['densenet121_cifar', 'dense2net40_k12_s4', 'dense2net121_s4_c32', 'dense2net121_s8_se', 'dense2net121d_s4']

@@ -816,6 +816,8 @@ default_cfgs = generate_default_cfgs({
     'dense2net121_s4_c32.untrained': _cfg(),
     'dense2net121_s4_se.short_s4_se_c100': _cfg(file=packaged_file('dense2net121_s4_se.short_s4_se_c100')),
     'dense2net121_s8_se.short_s8_se_c100': _cfg(file=packaged_file('dense2net121_s8_se.short_s8_se_c100')),
+    'densenet40_k12_cifar.untrained': _cfg(
+        pool_size=(8, 8), paper_ids='arXiv:1608.06993', origin_url='https://arxiv.org/abs/1608.06993'),
     'dense2net40_k12_s4.small_c100': _cfg(pool_size=(8, 8), file=packaged_file('dense2net40_k12_s4.small_c100')),
     'dense2net40_k12_s4.quick_c100': _cfg(pool_size=(8, 8), file=packaged_file('dense2net40_k12_s4.quick_c100')),
     'dense2net100_k12_s4.small_ft_c100': _cfg(
@@ -880,6 +882,13 @@ def dense2net121_s8_se(pretrained: bool = False, **kwargs) -> Dense2Net:
     """Dense2Net-121 (k = 32), scale 8, with squeeze-and-excitation."""
     model_args = dict(growth_rate=32, block_config=(6, 12, 24, 16), scale=8, attn_layer='se')
     return _create_dense2net('dense2net121_s8_se', pretrained=pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def densenet40_k12_cifar(pretrained: bool = False, **kwargs) -> Dense2Net:
+    """Three-block DenseNet-40-BC (k = 12) with a CIFAR stem."""
+    model_args = dict(growth_rate=12, block_config=(6, 6, 6), scale=None)
+    return _create_dense2net('densenet40_k12_cifar', pretrained=pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
