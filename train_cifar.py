@@ -35,14 +35,16 @@ def train(args: argparse.Namespace, processes: Processes) -> None:
     if state is not None:
         _logger.info(f'Going on after {trainer.epoch} epochs and {trainer.batches_done} batches.')
     # Made last, so that a mistake in the arguments leaves no folder behind.
-    folder = RunFolder(args, start_epoch=trainer.epoch) if processes.primary else None
+    with processes.failing_together():
+        folder = RunFolder(args, start_epoch=trainer.epoch) if processes.primary else None
     with closing(folder) if folder else nullcontext():
         trainer.fit(folder)
-    if folder is not None:
-        result = write_run_results(args, data, trainer)
-        _logger.info(
-            f'{folder.path}: test top-1 {result["test_top1"]:.2f}, top-5 {result["test_top5"]:.2f} ({result["tested"]}'
-            f' weights); best validation top-1 {result["best_top1"]:.2f}, epoch {result["best_epoch"] + 1}')
+        if folder is not None:
+            result = write_run_results(args, data, trainer)
+            _logger.info(
+                f'{folder.path}: test top-1 {result["test_top1"]:.2f}, top-5 {result["test_top5"]:.2f}'
+                f' ({result["tested"]} weights); best validation top-1 {result["best_top1"]:.2f}, epoch'
+                f' {result["best_epoch"] + 1}')
 
 
 def evaluate_only(args: argparse.Namespace, processes: Processes) -> None:
@@ -64,10 +66,16 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     try:
         with start_processes(args.device) as processes:
-            (evaluate_only if args.eval_only else train)(args, processes)
-    except Interrupted as e:
-        print(f'{e}: the state is saved, go on with --resume {args.output}/{args.experiment}', file=sys.stderr)
-        return 128 + e.signum
+            if not processes.primary:
+                logging.getLogger().setLevel(logging.ERROR)
+            try:
+                (evaluate_only if args.eval_only else train)(args, processes)
+            except Interrupted as e:
+                if processes.primary:
+                    print(
+                        f'{e}: the state is saved, go on with --resume {args.output}/{args.experiment}',
+                        file=sys.stderr)
+                return 128 + e.signum
     except KeyboardInterrupt:
         print('interrupted', file=sys.stderr)
         return 128 + signal.SIGINT

@@ -8,6 +8,7 @@ import pickle
 import shutil
 import sys
 import threading
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -397,6 +398,14 @@ def test_labels_out_of_range_are_named():
     bad = ImageArrays(arrays.images, arrays.labels, arrays.class_names[:7])
     with pytest.raises(ValueError, match='labels go from 0 to 9, with 7 classes'):
         check_images(bad)
+
+
+@pytest.mark.parametrize('targets', [None, np.zeros((5, 8))])
+def test_data_without_one_label_an_image(targets):
+    """As torchvision's INaturalist and QMNIST."""
+    source = SimpleNamespace() if targets is None else SimpleNamespace(targets=targets)
+    with pytest.raises(ValueError, match='torch/x: this data set does not list one label an image'):
+        ImageReader(source, 'torch/x', indices=np.arange(5))
 
 
 def test_statistics_are_numpys():

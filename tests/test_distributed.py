@@ -81,6 +81,24 @@ def test_same_as_one_process(tmp_path):
     assert read_state(tmp_path / 'two')['position'] == read_state(tmp_path / 'one')['position']
 
 
+@pytest.mark.parametrize('refusal', ['already holds a run', 'Not a directory'])
+def test_what_one_process_refuses_is_one_message(tmp_path, two_processes, refusal):
+    """Process 0 alone looks at the run's folder, and makes it."""
+    output = two_processes.parent
+    if refusal == 'Not a directory':
+        output = tmp_path / 'file'
+        output.touch()
+    told = completed(torchrun(arguments(output, '-b', '64')), code=1)
+    assert told.count('error: ') == 1 and refusal in told
+    assert 'train_cifar.py", line' not in told, told
+
+
+def test_only_process_0_tells_how_it_goes(tmp_path, two_processes):
+    shutil.copytree(two_processes, tmp_path / 'run')
+    told = completed(torchrun(['--resume', tmp_path / 'run', '--epochs', '4']))
+    assert told.count('Going on after 3 epochs') == 1
+
+
 def test_lost_worker_is_replaced(tmp_path, two_processes):
     """One of two workers is killed in mid-epoch; torchrun starts both anew and they end at the same bits."""
     argv = arguments(tmp_path, '-b', '64', '--log-interval', '1', '--resume', 'auto')

@@ -334,6 +334,8 @@ def test_trained_models_carry_what_their_file_says(tmp_path):
     assert tuple(trained.data_config['mean']) == (0.4, 0.4, 0.3) and trained.model.num_classes == 2
     with pytest.raises(ValueError, match='does not fit densenet121_cifar'):
         load_trained('densenet121_cifar', path)
+    with pytest.raises(ValueError, match='res2net_converted stands for .* got base=None'):
+        load_trained('res2net_converted', path)
     save_model(path, **full_metadata(model_args='{"growth": 12}'))
     with pytest.raises(ValueError, match=f"does not fit {MODEL}: .* unexpected keyword argument 'growth'"):
         load_trained(checkpoint=path)

@@ -89,6 +89,7 @@ def test_own_recipe_file(tmp_path):
     ('decay_milestones: 3', ['decay_milestones must be a list', '3']),
     ('model_kwargs: [a]', ['model_kwargs must be a mapping']),
     ('epochs:', ['epochs has no value']),
+    ('experiment: run', ["'experiment' is no part of how a run is made", '--experiment']),
     ('resume: output/run', ["unknown key 'resume'"]),
     ('- lr', ['a mapping']),
     ('lr: [', ['not YAML']),

@@ -4,10 +4,12 @@ import math
 import os
 import random
 import resource
+import shutil
 import signal
 import sys
 import tempfile
 import time
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -20,7 +22,7 @@ from timm_dense2net.checkpoint import CHECKPOINT_FILE, PREVIOUS_FILE, load_weigh
 from timm_dense2net.distributed import Processes
 from timm_dense2net.files import LEFTOVERS
 from timm_dense2net.options import parse_args
-from timm_dense2net.runs import read_resumed_state
+from timm_dense2net.runs import RunFolder, read_resumed_state
 from timm_dense2net.trainer import Trainer
 
 
@@ -262,6 +264,29 @@ def test_resume_may_last_longer_but_not_learn_otherwise(tmp_path, reference, cap
 def test_run_that_is_there_is_not_overwritten(tmp_path, reference, capsys):
     assert run_here(arguments(reference.parent)) == 1
     assert 'already holds a run' in capsys.readouterr().err
+
+
+def test_a_run_that_another_process_writes_is_left_alone(tmp_path, reference, capsys):
+    shutil.copytree(reference, tmp_path / 'run')
+    with closing(RunFolder(parse_args(['--resume', str(tmp_path / 'run')]))):
+        before = (tmp_path / 'run' / 'args.yaml').read_bytes()
+        assert run_here(['--resume', tmp_path / 'run', '--epochs', '9']) == 1
+        assert f'{tmp_path / "run"} is being written by another process' in capsys.readouterr().err
+        assert (tmp_path / 'run' / 'args.yaml').read_bytes() == before
+    assert run_here(['--resume', tmp_path / 'run']) == 0
+
+
+def test_a_run_begun_meanwhile_is_not_overwritten(tmp_path, reference):
+    args = parse_args(list(map(str, arguments(tmp_path))))
+    read_resumed_state(args, Processes(torch.device('cpu')))
+    shutil.copytree(reference, tmp_path / 'run')
+    with pytest.raises(ValueError, match='already holds a run'):
+        RunFolder(args)
+
+
+def test_a_folder_has_a_name_of_its_own(tmp_path):
+    with closing(RunFolder(parse_args(['--recipe', 'nano', '--output', str(tmp_path)]))) as folder:
+        assert folder.path.parent == tmp_path and folder.path.name.endswith('-dense2net40_k12_s4-nano')
 
 
 def test_runs_started_together_have_a_folder_each(tmp_path):

@@ -139,7 +139,7 @@ def test_run_leaves_what_it_should(tmp_path):
         'args.yaml', 'summary.csv', 'curves.png', 'last.safetensors', 'best.safetensors', 'checkpoint.safetensors',
         'checkpoint-prev.safetensors', 'result.json', 'report.json', 'per_class.csv', 'confusion_matrix.csv',
         'confusion_matrix.png'}
-    assert not [name for name in names if name.startswith('.')]
+    assert [name for name in names if name.startswith('.')] == ['.lock']
 
     with open(run / 'summary.csv', newline='') as f:
         rows = list(csv.DictReader(f))
@@ -500,6 +500,9 @@ def test_initial_checkpoint(tmp_path, capsys):
     (['--aa', 'imagenet'], ['--aa must be', 'cifar10', 'imagenet']),
     (['--device', 'cuda:99'], ['cuda:99']),
     (['--opt', 'nesterow_adamw'], ["timm has no optimizer 'nesterow_adamw'"]),
+    (['--opt', 'fusedadam'], ['--opt fusedadam', 'APEX']),
+    (['--seed', str(1 << 32)], ['--seed must be in [0, 2^32)', '4294967296']),
+    (['--sched', 'rsqrt'], ['--sched rsqrt', '--warmup-epochs']),
     (['--pretrained', '--model', 'dense2net169_s8'], ['dense2net169_s8', 'pretrained']),
     (['--mean', '0.5', '0.5'], ['--mean', '3 values', '0.5, 0.5']),
     (['--std', 'nan', '1', '1'], ['--std must be finite', 'nan']),

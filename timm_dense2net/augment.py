@@ -25,9 +25,9 @@ class AugmentConfig:
     """What is done to a training batch, in the order of the fields.
 
     Args:
-        hflip: Probability of a horizontal flip.
         crop_padding: Black pixels added on each side before a crop of the original size, as torchvision's
             ``RandomCrop(size, padding)``; 0 leaves the crop out.
+        hflip: Probability of a horizontal flip.
         auto_augment: ``'cifar10'`` for AutoAugment's CIFAR policy as torchvision has it
             (https://arxiv.org/abs/1805.09501).
         cutout_holes: Number of squares masked in each image (https://arxiv.org/abs/1708.04552); 0 leaves cutout out.
@@ -42,8 +42,8 @@ class AugmentConfig:
     Raises:
         ValueError: A value is out of its range.
     """
-    hflip: float = 0.5
     crop_padding: int = 4
+    hflip: float = 0.5
     auto_augment: str = ''
     cutout_holes: int = 0
     cutout_length: int = 8

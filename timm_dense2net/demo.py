@@ -24,6 +24,7 @@ from timm.data import create_transform
 from .cam import class_activation_maps
 from .dense2net import DenseBlock
 from .drawings import DRAWINGS
+from .files import replace_file
 from .packaged import BEST_PACKAGED
 from .pictures import read_picture
 from .trained import TrainedModel, load_trained
@@ -95,7 +96,8 @@ def _draw_examples(folder: Path) -> list[str]:
     paths = []
     for name, draw in DRAWINGS.items():
         paths.append(str(folder / f'{name}.png'))
-        draw().save(paths[-1])
+        with replace_file(paths[-1]) as temporary:
+            draw().save(temporary)
     return paths
 
 

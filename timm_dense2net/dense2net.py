@@ -617,7 +617,10 @@ class Dense2Net(nn.Module):
         self.init_weights()
 
     def init_weights(self) -> None:
-        """He initialization of convolutions, as in the DenseNet paper; norms keep 1 and 0, attention its own way."""
+        """He initialization of convolutions, as in the DenseNet paper; norms keep 1 and 0.
+
+        Those of attention too, as in timm's ResNet, but where the attention has a way of its own (`reset_parameters`).
+        """
         for m in self.modules():
             if isinstance(m, nn.Conv2d):
                 nn.init.kaiming_normal_(m.weight)
@@ -816,8 +819,9 @@ default_cfgs = generate_default_cfgs({
     'dense2net121_s4_c32.untrained': _cfg(),
     'dense2net121_s4_se.short_s4_se_c100': _cfg(file=packaged_file('dense2net121_s4_se.short_s4_se_c100')),
     'dense2net121_s8_se.short_s8_se_c100': _cfg(file=packaged_file('dense2net121_s8_se.short_s8_se_c100')),
-    'densenet40_k12_cifar.untrained': _cfg(
-        pool_size=(8, 8), paper_ids='arXiv:1608.06993', origin_url='https://arxiv.org/abs/1608.06993'),
+    'densenet40_k12_cifar.small_c100': _cfg(
+        pool_size=(8, 8), file=packaged_file('densenet40_k12_cifar.small_c100'), paper_ids='arXiv:1608.06993',
+        origin_url='https://arxiv.org/abs/1608.06993'),
     'dense2net40_k12_s4.small_c100': _cfg(pool_size=(8, 8), file=packaged_file('dense2net40_k12_s4.small_c100')),
     'dense2net40_k12_s4.quick_c100': _cfg(pool_size=(8, 8), file=packaged_file('dense2net40_k12_s4.quick_c100')),
     'dense2net100_k12_s4.small_ft_c100': _cfg(

@@ -4,6 +4,7 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,6 +54,21 @@ class Processes:
         values = [value]
         dist.broadcast_object_list(values, src=0)
         return values[0]
+
+    @contextmanager
+    def failing_together(self) -> Iterator[None]:
+        """A block of process 0 alone: where it raises, the others exit without a word, as process 0 tells why.
+
+        Raises:
+            SystemExit: On the other processes, if the block failed on process 0.
+        """
+        failed = True
+        try:
+            yield
+            failed = False
+        finally:
+            if self.broadcast(failed) and not self.primary:
+                raise SystemExit(1)
 
     def gather(self, value: Any) -> list[Any]:
         """Every process's value, on every process."""

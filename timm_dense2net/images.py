@@ -42,6 +42,7 @@ class ImageArrays:
 
     @property
     def num_classes(self) -> int:
+        """Number of classes, those without images too."""
         return len(self.class_names)
 
     @property
@@ -98,6 +99,7 @@ class ImageReader(Dataset):
 
     @property
     def num_classes(self) -> int:
+        """Number of classes, those without images too."""
         return len(self.class_names)
 
     def subset(self, indices: torch.Tensor | np.ndarray | Sequence[int]) -> ImageReader:
@@ -150,11 +152,13 @@ def _read_labels(source: Dataset, name: str) -> np.ndarray:
     """Labels of a map-style data set, without decoding its images."""
     reader = getattr(source, 'reader', None)
     if reader is None:
-        labels = source.targets
+        labels = getattr(source, 'targets', ())
     elif hasattr(reader, 'iter_targets'):
         labels = list(reader.iter_targets())
     else:
         labels = [label for _, label in reader.samples]
+    if np.ndim(labels) != 1 or not len(labels):
+        raise ValueError(f'{name}: this data set does not list one label an image, as those of torchvision with targets.')
     try:
         return np.asarray(labels, dtype=np.int64)
     except (TypeError, ValueError) as error:

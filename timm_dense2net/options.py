@@ -39,6 +39,8 @@ SCHEDULES = ('plateau', 'cosine', 'tanh', 'step', 'multistep', 'poly', 'wsd', 'r
 
 # Set for one invocation and no part of what a run is.
 _NOT_SAVED = ('resume', 'eval_only', 'checkpoint')
+# Where a run lies.
+_RUN_FOLDER = ('output', 'experiment')
 
 # They tell of the machine that a run was made on, and nothing of the run.
 _PLACES = frozenset((
@@ -65,9 +67,11 @@ _RANGES = (
         ('log_interval', 1), ('checkpoint_interval', 0), ('hold_out', 0), ('early_stop_patience', 0), ('img_size', 1),
         ('full_size_epoch', 1), ('workers', 0), ('freeze_stages', 0), ('patience_epochs', 0),
         ('cooldown_epochs', 0), ('warmup_epochs', 0), ('num_classes', 1), ('lr', 0), ('warmup_lr', 0), ('min_lr', 0),
-        ('weight_decay', 0), ('seed', 0), ('distill_loss_weight', 0), ('task_loss_weight', 0))),
+        ('weight_decay', 0), ('distill_loss_weight', 0), ('task_loss_weight', 0))),
     *((name, 'above 0', lambda value: value > 0) for name in (
         'clip_grad', 'decay_rate', 'decay_epochs', 'opt_eps', 'kd_temperature')),
+    # What NumPy takes.
+    ('seed', 'in [0, 2^32)', lambda value: 0 <= value < 1 << 32),
     ('opt_betas', 'in [0, 1)', lambda value: all(0 <= beta < 1 for beta in value)),
     *((name, 'in [0, 1)', lambda value: 0 <= value < 1) for name in (
         'smoothing', 'momentum', 'model_ema_decay', 'drop', 'drop_path')),
@@ -267,7 +271,8 @@ def load_recipe(name: str, parser: argparse.ArgumentParser | None = None) -> dic
         parser: The parser whose arguments the recipe sets.
 
     Raises:
-        ValueError: If there is no such recipe, a key is not an argument or a value is of the wrong type.
+        ValueError: If there is no such recipe, a key is not an argument or says where a run lies, or a value is of the
+            wrong type.
     """
     if name in list_recipes():
         text = (_recipe_folder() / f'{name}.yaml').read_text(encoding='utf-8')
@@ -278,7 +283,10 @@ def load_recipe(name: str, parser: argparse.ArgumentParser | None = None) -> dic
     values = _parse_yaml(text, f'recipe {name}')
     if 'recipe' in values:
         # The saved arguments of a run: where it lay is no part of how it was made.
-        values = {key: value for key, value in values.items() if key not in ('recipe', 'output', 'experiment')}
+        values = {key: value for key, value in values.items() if key not in ('recipe', *_RUN_FOLDER)}
+    for key in _RUN_FOLDER:
+        if key in values:  # --resume auto looks for a run before it reads a recipe
+            raise ValueError(f"recipe {name}: '{key}' is no part of how a run is made: give it as {_option(key)}")
     return _check_values(values, parser or build_parser(), f'recipe {name}')
 
 
@@ -478,6 +486,8 @@ def check_args(args: argparse.Namespace) -> None:
     if args.sched == 'plateau' and (args.warmup_epochs or args.sched_on_updates):
         raise ValueError(
             '--sched plateau steps once an epoch and has no warm-up: leave out --warmup-epochs and --sched-on-updates')
+    if args.sched == 'rsqrt' and not args.warmup_epochs:
+        raise ValueError('--sched rsqrt falls from the end of a warm-up on: give --warmup-epochs of at least 1')
     if args.sched == 'none' and args.layer_decay not in (None, 1):
         raise ValueError('--layer-decay is applied by the schedule: give --sched constant, not none')
     if args.warmup_epochs >= args.epochs and args.sched != 'none':

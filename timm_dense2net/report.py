@@ -90,9 +90,9 @@ def _mean_spread(values: Sequence[float]) -> str:
 
 
 def markdown_table(rows: Sequence[Row]) -> str:
-    """The rows as a Markdown table; accuracies as mean ± standard deviation over seeds. Empty columns are left out."""
+    """The rows as a Markdown table; accuracies as mean ± standard deviation over runs. Empty columns are left out."""
     header = (
-        'Recipe', 'Model', 'Params (M)', 'MACs (M)', 'Epochs', 'Minutes', 'EMA', 'Seeds', 'Top-1 (%)', 'Top-5 (%)',
+        'Recipe', 'Model', 'Params (M)', 'MACs (M)', 'Epochs', 'Minutes', 'EMA', 'Runs', 'Top-1 (%)', 'Top-5 (%)',
         'Best top-1 (%)', 'Deck (%)', 'Top-1 - deck')
     lines = []
     for row in rows:
@@ -147,7 +147,7 @@ def draw_report(path: str | Path, rows: Sequence[Row]) -> bool:
         axes.plot(values, [y] * len(values), 'o', color=ours, alpha=0.35, markersize=6)
         axes.errorbar(
             mean, y, xerr=spread or None, fmt='|', color=ours, markersize=16, markeredgewidth=2, capsize=3,
-            label='this package, mean ± std over seeds' if y == 0 else None)
+            label='this package, mean ± std over runs' if y == 0 else None)
         # Beside the mark, on the side away from the deck's.
         left = row.deck is not None and row.deck.top1 > mean
         edge = min(*values, mean - spread) if left else max(*values, mean + spread)
@@ -177,7 +177,7 @@ def readme_block(results: Sequence[RunResult], results_path: str) -> str:
     hardware = sorted({result.hardware for result in results if result.hardware})
     return (
         f'{markdown_table(summarise(results))}\n'
-        'Mean ± standard deviation over seeds, on the test split. Rows with a best top-1: top-1 and top-5 of the last '
+        'Mean ± standard deviation over runs, on the test split. Rows with a best top-1: top-1 and top-5 of the last '
         'epoch, and the best of all epochs beside them. Rows without: of the epoch that was best on held-out training '
         'images.'
         + (f' Trained by (processes x device): {"; ".join(hardware)}.' if hardware else '')

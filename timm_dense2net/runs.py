@@ -6,6 +6,7 @@
     best.safetensors        weights of the epoch with the best validation top-1
     checkpoint.safetensors  the whole training state; checkpoint-prev.safetensors is the one before
     result.json             figures of the finished run; report.json, tables and pictures of the test beside it
+    .lock                   held by the process that writes the folder
 """
 from __future__ import annotations
 
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from filelock import FileLock, Timeout
 from timm.models import get_arch_name, is_model, safe_model_name
 from timm.utils import trim_summary, unfreeze, update_summary
 
@@ -46,16 +48,21 @@ def read_resumed_state(args: argparse.Namespace, processes: Processes) -> dict[s
         ValueError: If a run that is not resumed is already there, or no whole state is.
     """
     data = None
-    if processes.primary:
-        args.experiment = args.experiment or _default_experiment(args)
-        path = Path(args.output, args.experiment)
-        if args.resume:
-            data = _read_state(args.resume, path)
-        elif any((path / name).exists() for name in (CHECKPOINT_FILE, PREVIOUS_FILE)):
-            raise ValueError(
-                f'{path} already holds a run: go on with it by --resume {path}, or name another --experiment')
+    with processes.failing_together():
+        if processes.primary:
+            args.experiment = args.experiment or _default_experiment(args)
+            path = Path(args.output, args.experiment)
+            if args.resume:
+                data = _read_state(args.resume, path)
+            else:
+                _check_free(path)
     args.experiment, data = processes.broadcast((args.experiment, data))
     return None if data is None else load_state(data)
+
+
+def _check_free(path: Path) -> None:
+    if any((path / name).exists() for name in (CHECKPOINT_FILE, PREVIOUS_FILE)):
+        raise ValueError(f'{path} already holds a run: go on with it by --resume {path}, or name another --experiment')
 
 
 def _default_experiment(args: argparse.Namespace) -> str:
@@ -80,16 +87,26 @@ class RunFolder:
     """A run's folder, made and written by one process.
 
     Args:
-        args: Arguments of the run; `output` and `experiment` name the folder.
+        args: Arguments of the run; `output` and `experiment` name the folder, by date, model and recipe where there is
+            no `experiment`.
         start_epoch: Epoch that the run begins with or goes on from.
 
     Raises:
         OSError: If the folder cannot be written.
+        ValueError: If another process writes it, or has begun a run there.
     """
 
     def __init__(self, args: argparse.Namespace, start_epoch: int = 0):
+        args.experiment = args.experiment or _default_experiment(args)
         self.path = Path(args.output, args.experiment)
         self.path.mkdir(parents=True, exist_ok=True)
+        self._lock = FileLock(self.path / '.lock')
+        try:
+            self._lock.acquire(blocking=False)
+        except Timeout:
+            raise ValueError(f'{self.path} is being written by another process: name another --experiment') from None
+        if not args.resume:  # one may have been begun since that was looked at
+            _check_free(self.path)
         self._remove_leftovers()
         write_text(self.path / ARGS_FILE, yaml.safe_dump(saved_args(args), sort_keys=False))
         # Of the code that trains: the checkout may be another when the run ends.
@@ -106,9 +123,10 @@ class RunFolder:
             self._tensorboard = SummaryWriter(str(self.path / 'tensorboard'), purge_step=start_epoch)
 
     def close(self) -> None:
-        """Closes TensorBoard's file."""
+        """Closes TensorBoard's file, and leaves the folder to others."""
         if self._tensorboard is not None:
             self._tensorboard.close()
+        self._lock.release()
 
     def _remove_leftovers(self) -> None:
         """Removes temporary files of a process that was killed while it wrote."""

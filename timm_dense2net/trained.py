@@ -134,7 +134,8 @@ def load_checkpoint_model(
 def _create_for(name: str, weights: Mapping[str, torch.Tensor], model_args: dict[str, Any]) -> nn.Module:
     """Creates a model with as many classes and input channels as the weights have."""
     check_model_name(name)
-    shape = weights_shape(timm.get_pretrained_cfg(name).to_dict(), weights)
+    config = timm.get_pretrained_cfg(name)
+    shape = weights_shape(config.to_dict(), weights) if config else {}
     return timm.create_model(name, **model_args | shape)
 
 

@@ -144,7 +144,7 @@ class Trainer:
         self.scaler = NativeScaler(self.device.type) if args.amp and args.amp_dtype == 'float16' else None
         try:
             self.optimizer = create_optimizer_v2(model, **optimizer_kwargs(args), filter_bias_and_bn=False)
-        except (IndexError, TypeError, ValueError) as e:
+        except (AssertionError, IndexError, TypeError, ValueError) as e:
             raise ValueError(f'--opt {args.opt}: {one_line(e)}') from e
         self.scheduler, self.epochs = self._build_scheduler()
         # Made before the model is wrapped, as in timm's train.py.

@@ -212,6 +212,11 @@ class Norm(NamedTuple):
 
 
 def check_first_order(gradient: torch.Tensor) -> None:
+    """Refuses second derivatives and batched gradients, of which the training form knows nothing.
+
+    Raises:
+        RuntimeError: If the backward pass that brings the gradient was called for either.
+    """
     if torch.is_grad_enabled() or torch._C._functorch.is_legacy_batchedtensor(gradient):
         given = 'create_graph' if torch.is_grad_enabled() else 'is_grads_batched'
         raise RuntimeError(
@@ -358,6 +363,7 @@ class Buffers:
         self._scratch = {}
 
     def write(self, channels: slice, maps: torch.Tensor) -> None:
+        """Writes maps (N, C, H, W) and their statistics to some of the channels."""
         # Around autograd's count of writes: nothing in the graph has read these channels.
         self.features.data[:, channels] = as_pixels(maps)
         self.stats[0, channels], self.stats[1, channels] = _batch_stats(maps)
@@ -369,6 +375,7 @@ class Buffers:
         return self._scratch[name]
 
     def free_scratch(self) -> None:
+        """Lets go of the scratch buffers."""
         self._scratch.clear()
 
     def release(self) -> None:
