@@ -167,3 +167,12 @@ def test_weights_of_more_splits_start_a_net_of_fewer(tmp_path, cardinality):
             torch.testing.assert_close(got, torch.cat(halves, 1))
     own, others = target.state_dict(), source.state_dict()
     assert all(torch.equal(own[name], others[name]) for name in own if '.conv2.' not in name)
+
+
+@pytest.mark.parametrize('model_args', [dict(growth_rate=24), dict(cardinality=32)])
+def test_splits_that_do_not_go_together_stay_apart(tmp_path, model_args):
+    file = tmp_path / 'source.safetensors'
+    save_weights(file, timm.create_model('dense2net121_s8', block_config=(1,)).state_dict(), dict(model='net'))
+    target = timm.create_model('dense2net121_s4', block_config=(1,), **model_args)
+    with pytest.raises(ValueError, match='holds weights of net and does not fit .*convs.3.weight'):
+        pretrained_overlay(file, target, [str(i) for i in range(100)])

@@ -174,9 +174,10 @@ def run_training(words):
         return run_here([*words, '--dataset', 'digits', '--img-size', '16', '--device', 'cpu'])
     if '--resume' in words and 'auto' not in words:
         return run_here([*words, '--epochs', '2'])
-    parse_args(words)  # before its values are made small
     name = f'run{len(list(Path("output").iterdir()))}'
     small = ['--epochs', '1', '--device', 'cpu'] if 'flowers' in words else SMALL
+    if parse_args(words).initial_img_size:  # parsed before its values are made small
+        small = [*small, '--initial-img-size', '4', '--full-size-epoch', '2']
     return run_here([*words, *small, '--experiment', name])
 
 

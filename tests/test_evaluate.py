@@ -364,6 +364,7 @@ def test_a_converted_model_is_converted_again(tmp_path):
     (['--pretrained'], '--pretrained needs --model'),
     (['--pretrained', '--checkpoint', 'x'], 'give either --pretrained or --checkpoint'),
     (['--checkpoint', 'x', '-b', '0'], '--batch-size must be at least 1, got 0'),
+    (['--checkpoint', 'x', '--output', '.'], '--output: . is a folder: name a file'),
     (['--checkpoint', 'x', '--output', 'nowhere/out.json'], '--output: nowhere/out.json: there is no folder nowhere'),
 ])
 def test_a_wrong_call_is_refused(capsys, arguments, message):

@@ -27,8 +27,8 @@ from timm_dense2net.checkpoint import load_weights  # noqa: E402
 from timm_dense2net.dense2net import SplitHierarchyConv2d  # noqa: E402
 from timm_dense2net.options import parse_args  # noqa: E402
 from timm_dense2net.search import (  # noqa: E402
-    SearchSpace, ValidSampler, Worker, _TrialTrainer, draw_plots, main, open_study, trial_args, write_best,
-    write_trials)
+    SearchSpace, ValidSampler, Worker, _TrialTrainer, check_same_study, draw_plots, main, open_study, trial_args,
+    write_best, write_trials)
 from timm_dense2net.trainer import Interrupted, Trainer  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings('ignore::optuna.exceptions.ExperimentalWarning')
@@ -205,6 +205,7 @@ def test_reports_and_recipe(tmp_path):
     (['--study', 's', '--recipe', 'nano', '--hold-out', '9', '--storage', 'nosql://me:secret@host/db'],
      'nosql://...@host/db'),
     (['--study', 's', '--recipe', 'nano', '--hold-out', '9', '--scales', '3'], 'none of the cardinalities'),
+    (['--study', 's', '--recipe', 'nano', '--hold-out', '9', '--model', 'resnet18'], '--model resnet18 is no Dense2Net'),
 ])
 def test_errors(args, message, tmp_path, capsys):
     # Only of a database it is known no sooner than when it is opened.
@@ -212,6 +213,26 @@ def test_errors(args, message, tmp_path, capsys):
     assert '--storage' in args or not list(tmp_path.iterdir())
     error = capsys.readouterr().err
     assert error.startswith('error: ') and message in error and 'secret' not in error
+
+
+def test_a_study_goes_on_with_what_it_was_begun_with(tmp_path):
+    url = f'sqlite:///{tmp_path / "study.db"}'
+    study = open_study('study', url, SearchSpace(), 8)
+    check_same_study(study, base_args(), SearchSpace())
+    again = open_study('study', url, SearchSpace(), 8)
+    check_same_study(again, base_args('--workers', '1', '--device', 'cpu', '--output', str(tmp_path)), SearchSpace())
+    for args, space, message in (
+            (base_args('--epochs', '9'), SearchSpace(), '--epochs 8, it cannot go on with 9'),
+            (base_args('--hold-out', '100'), SearchSpace(), '--hold-out 1300, it cannot go on with 100'),
+            (base_args(), SearchSpace(scales=(2, 4)), r'--scales \[2, 4, 8\], it cannot go on with \[2, 4\]')):
+        with pytest.raises(ValueError, match=f'study study was begun with {message}'):
+            check_same_study(again, args, space)
+
+
+def test_results_of_no_study(tmp_path, capsys):
+    argv = ['--study', 's', '--recipe', 'nano', '--hold-out', '9', '--trials', '0', '--output', str(tmp_path)]
+    assert main(argv) == 1
+    assert f'there is no study s in {tmp_path}' in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
 def test_a_trial_that_diverges_ends_there(tmp_path, monkeypatch):

@@ -41,9 +41,11 @@ def output_file(name: str) -> Path:
     """The path of a file that a command is to write, as an argument's type.
 
     Raises:
-        argparse.ArgumentTypeError: If there is no folder to write it to.
+        argparse.ArgumentTypeError: If there is no folder to write it to, or a folder has its name.
     """
     path = Path(name)
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f'{name} is a folder: name a file')
     if not path.parent.is_dir():
         raise argparse.ArgumentTypeError(f'{name}: there is no folder {path.parent}')
     return path

@@ -158,7 +158,7 @@ def _read_labels(source: Dataset, name: str) -> np.ndarray:
     else:
         labels = [label for _, label in reader.samples]
     if np.ndim(labels) != 1 or not len(labels):
-        raise ValueError(f'{name}: this data set does not list one label an image, as those of torchvision with targets.')
+        raise ValueError(f'{name}: this data set does not list one label an image, as torchvision does in targets.')
     try:
         return np.asarray(labels, dtype=np.int64)
     except (TypeError, ValueError) as error:

@@ -10,6 +10,7 @@ of train_cifar.py and hold for every trial.
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import os
 import signal
@@ -24,6 +25,7 @@ from typing import Any
 
 import torch
 import yaml
+from timm.models import get_arch_name, list_models
 from timm.optim import list_optimizers
 from timm.utils import setup_default_logging
 from tqdm import tqdm
@@ -35,7 +37,7 @@ from .distributed import Processes, find_device
 from .errors import one_line
 from .figures import has_matplotlib, save_figure
 from .files import write_csv, write_text
-from .options import HOST_ARGS, SCHEDULES, build_parser, check_args, parse_args, saved_args
+from .options import HOST_ARGS, SCHEDULES, build_parser, check_args, parse_args, public_args, saved_args
 from .runs import RunFolder, read_resumed_state
 from .trainer import Interrupted, StopSignal, Trainer, TrainingError
 
@@ -47,11 +49,16 @@ except ImportError as e:
     raise ImportError("the search needs Optuna: pip install -e '.[search]'") from e
 
 __all__ = [
-    'SearchSpace', 'ValidSampler', 'Worker', 'open_study', 'trial_args', 'write_best', 'write_trials', 'draw_plots',
-    'search', 'main',
+    'SearchSpace', 'ValidSampler', 'Worker', 'open_study', 'check_same_study', 'trial_args', 'write_best',
+    'write_trials', 'draw_plots', 'search', 'main',
 ]
 
 _logger = logging.getLogger(__name__)
+
+# What each worker of a study may have of its own; the schedule is searched.
+_OF_A_WORKER = HOST_ARGS | {
+    'recipe', 'sched', 'validation_batch_size', 'channels_last', 'grad_checkpointing', 'torchcompile',
+    'torchcompile_layers', 'cuda_graph'}
 
 # Where a run lies, how it is watched and what it may look at: no part of what is found.
 _NOT_IN_RECIPE = HOST_ARGS | {'recipe', 'output', 'experiment', 'data_dir', 'hold_out'}
@@ -213,6 +220,30 @@ def _without_password(url: str) -> str:
 
 def _first_line(error: Exception) -> str:
     return str(error).strip().split('\n')[0][:300]
+
+
+def check_same_study(study: optuna.Study, args: argparse.Namespace, space: SearchSpace) -> None:
+    """Records in a new study what holds for all its trials, and compares it in one that goes on.
+
+    What only tells how or where a machine does its work may be another for each worker.
+
+    Raises:
+        ValueError: If the study was begun with other arguments, naming the first that differs.
+    """
+    holds = {
+        name: value for name, value in public_args(saved_args(args), args.model).items()
+        if name not in _OF_A_WORKER}
+    holds.update((name, getattr(space, name)) for name in ('scales', 'cardinalities', 'growth_rates', 'opts', 'scheds'))
+    holds = json.loads(json.dumps(holds))  # as the study gives it back
+    before = study.user_attrs.get('arguments')
+    if before is None:
+        study.set_user_attr('arguments', holds)
+        return
+    for name, value in holds.items():
+        if before.get(name) != value:
+            raise ValueError(
+                f'study {study.study_name} was begun with --{name.replace("_", "-")} {before.get(name)}, it cannot go'
+                f' on with {value}: name another --study')
 
 
 class _TrialTrainer(Trainer):
@@ -434,9 +465,12 @@ def _build_parser() -> argparse.ArgumentParser:
 def search(args: argparse.Namespace, train_args: argparse.Namespace, space: SearchSpace) -> None:
     """Works on a study, then writes its tables, plots and best recipe."""
     folder = Path(train_args.output, args.study)
+    if not args.trials and not args.storage and not (folder / 'study.db').exists():
+        raise ValueError(f'--trials 0 writes what a study holds, and there is no study {args.study} in {folder.parent}')
     folder.mkdir(parents=True, exist_ok=True)
     url = args.storage or f'sqlite:///{folder / "study.db"}'
     study = open_study(args.study, url, space, train_args.epochs, args.heartbeat)
+    check_same_study(study, train_args, space)
     # On its own, whatever started it: workers share the study and no trial.
     processes = Processes(find_device(train_args.device))
     data = build_data(train_args)
@@ -470,6 +504,10 @@ def main(argv: list[str] | None = None) -> int:
         for option, why in _NOT_FOR_A_SEARCH.items():
             if getattr(train_args, option):
                 raise ValueError(f'--{option.replace("_", "-")} is not for a search: {why}')
+        if get_arch_name(train_args.model) not in list_models(module='dense2net'):
+            raise ValueError(
+                f'--model {train_args.model} is no Dense2Net: the search is over one of'
+                f' {", ".join(list_models(module="dense2net"))}')
         if not train_args.hold_out:
             raise ValueError('the search judges by held-out training images: give --hold-out N (5000 for CIFAR-100)')
         if args.trials < 0 or args.heartbeat < 1:

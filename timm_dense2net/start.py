@@ -81,10 +81,17 @@ def _merged_splits(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> dic
         if isinstance(layer, SplitHierarchyConv2d):
             own = [key for key in weights if key.startswith((f'{name}.convs.', f'{name}.norms.'))]
             old_scale = 1 + sum(key.startswith(f'{name}.convs.') for key in own)
-            if 1 < layer.scale < old_scale and old_scale % layer.scale == 0:
+            if 1 < layer.scale < old_scale and old_scale % layer.scale == 0 and _is_divided(
+                    weights[f'{name}.convs.0.weight'], layer, old_scale // layer.scale):
                 tensors = {key.removeprefix(f'{name}.'): merged.pop(key) for key in own}
                 merged |= {f'{name}.{key}': tensor for key, tensor in _merge(tensors, layer, old_scale).items()}
     return merged
+
+
+def _is_divided(kernel: torch.Tensor, layer: SplitHierarchyConv2d, count: int) -> bool:
+    # Splits of kernels (O, I, H, W): as wide as one of the layer, whose groups are whole ones of theirs.
+    width, inputs = kernel.shape[:2]
+    return width * count == layer.width and layer.width // layer.groups % inputs == 0
 
 
 def _merge(
@@ -127,7 +134,8 @@ def _check_names(
     if other:
         held = ''
         if 'model' in metadata:
-            held = f' holds weights of {metadata["model"]} {metadata.get("model_args", "")} and'
+            model_args = metadata.get('model_args', '{}')
+            held = f' holds weights of {metadata["model"]}{"" if model_args == "{}" else " " + model_args} and'
         what = f'{"has more" if other[0] in weights else "lacks some"}, {other[0]} first'
         raise ValueError(f'{path}{held} does not fit {model.pretrained_cfg["architecture"]}: it {what}')
 
