@@ -172,7 +172,7 @@ def test_loss_that_is_not_finite(tmp_path, capsys):
     assert 'the loss is' in error and 'epoch 1, step 2 of 5' in error and 'Traceback' not in error
     state = read_state(tmp_path / 'run')
     assert all(tensor.isfinite().all() for tensor in state['model'].values())
-    assert not list((tmp_path / 'run').glob('.*'))
+    assert not list((tmp_path / 'run').glob(LEFTOVERS))
 
 
 def test_weight_that_is_not_finite_is_not_saved(tmp_path, capsys):
