@@ -233,8 +233,7 @@ def check_same_study(study: optuna.Study, args: argparse.Namespace, space: Searc
     holds = {
         name: value for name, value in public_args(saved_args(args), args.model).items()
         if name not in _OF_A_WORKER}
-    holds.update((name, getattr(space, name)) for name in ('scales', 'cardinalities', 'growth_rates', 'opts', 'scheds'))
-    holds = json.loads(json.dumps(holds))  # as the study gives it back
+    holds = json.loads(json.dumps(holds | vars(space)))  # as the study gives it back
     before = study.user_attrs.get('arguments')
     if before is None:
         study.set_user_attr('arguments', holds)
@@ -504,10 +503,10 @@ def main(argv: list[str] | None = None) -> int:
         for option, why in _NOT_FOR_A_SEARCH.items():
             if getattr(train_args, option):
                 raise ValueError(f'--{option.replace("_", "-")} is not for a search: {why}')
-        if get_arch_name(train_args.model) not in list_models(module='dense2net'):
+        models = list_models(module='dense2net')
+        if get_arch_name(train_args.model) not in models:
             raise ValueError(
-                f'--model {train_args.model} is no Dense2Net: the search is over one of'
-                f' {", ".join(list_models(module="dense2net"))}')
+                f'--model {train_args.model} is no Dense2Net: the search is over one of {", ".join(models)}')
         if not train_args.hold_out:
             raise ValueError('the search judges by held-out training images: give --hold-out N (5000 for CIFAR-100)')
         if args.trials < 0 or args.heartbeat < 1:
