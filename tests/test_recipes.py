@@ -22,7 +22,7 @@ def run_error(capsys, *argv):
 def test_packaged_recipes():
     short = (
         'short', 'short_ft', *(f'short_ft{i}' for i in range(2, 8)),
-        'short_se', 'short_s2', 'short_s4', 'short_s4_se', 'short_s8_se',
+        'short_se', 'short_s2', 'short_s4', 'short_s4_se', 'short_s8', 'short_s8_se',
     )
     assert set(list_recipes()) == {*DECK, 'strong', 'sprint', *short, 'small', 'small_ft', 'quick', 'nano'}
 
