@@ -1,17 +1,22 @@
 """Files of weights and training states: what goes in comes out, damage is known, nothing runs when they are read."""
+import argparse
 import os
 import pickle
+import zipfile
+from pathlib import Path
 
 import pytest
 import safetensors.torch
 import timm
 import torch
 from timm.models import load_checkpoint
+from timm.utils import CheckpointSaver, ModelEmaV3
 
 from timm_dense2net.checkpoint import (
-    CHECKPOINT_FILE, PREVIOUS_FILE, CorruptCheckpointError, dump_state, load_state, load_weights, read_state_bytes,
-    save_state, save_weights)
+    CHECKPOINT_FILE, PREVIOUS_FILE, CorruptCheckpointError, dump_state, load_metadata, load_state, load_weights,
+    read_state_bytes, save_state, save_weights)
 from timm_dense2net.rng import rng_state, set_rng_state
+from timm_dense2net.trained import load_trained
 
 STATE = dict(
     weights={
@@ -65,8 +70,52 @@ def test_every_cut_is_noticed(length):
 
 
 def test_other_safetensors_files_are_no_states():
-    with pytest.raises(CorruptCheckpointError, match='not a whole training state'):
-        load_state(safetensors.torch.save({'a': torch.ones(1)}))
+    for metadata in (None, {'model': 'resnet18'}):
+        with pytest.raises(CorruptCheckpointError, match='no training state, but a file of weights'):
+            load_state(safetensors.torch.save({'a': torch.ones(1)}, metadata))
+
+
+@pytest.mark.parametrize('load', [load_weights, load_metadata])
+def test_a_training_state_is_no_weights(tmp_path, load):
+    with pytest.raises(ValueError, match='is a training state, for --resume; last.safetensors'):
+        load(save_state(tmp_path, STATE))
+
+
+@pytest.mark.parametrize('ema', [False, True])
+def test_a_checkpoint_of_timms_train_is_weights(tmp_path, ema):
+    model, averaged = (timm.create_model('dense2net40_k12_s4', num_classes=10) for _ in range(2))
+    saver = CheckpointSaver(
+        model, torch.optim.SGD(model.parameters(), lr=0.1), argparse.Namespace(model='dense2net40_k12_s4'),
+        ModelEmaV3(averaged) if ema else None, checkpoint_dir=str(tmp_path), recovery_dir=str(tmp_path))
+    saver.save_checkpoint(0)
+    path = tmp_path / 'last.pth.tar'
+    weights, metadata = load_weights(path)
+    assert metadata == load_metadata(path) == {'model': 'dense2net40_k12_s4'}
+    expected = (averaged if ema else model).state_dict()
+    assert weights.keys() == expected.keys()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in weights.items())
+    trained = load_trained(checkpoint=path)
+    assert torch.equal(trained.model.classifier.weight, expected['classifier.weight'])
+
+
+def test_a_bare_state_dict_names_no_model(tmp_path):
+    path = tmp_path / 'model.pth'
+    torch.save({'a': torch.ones(1)}, path)
+    assert load_weights(path) == ({'a': torch.ones(1)}, {})
+
+
+@pytest.mark.parametrize('content', ['object', 'torn', 'archive'])
+def test_torch_files_without_weights(tmp_path, content):
+    path = tmp_path / 'model.pth'
+    torch.save(Path('somewhere') if content == 'object' else {'a': torch.ones(100)}, path)
+    if content == 'torn':
+        path.write_bytes(path.read_bytes()[:600])
+    if content == 'archive':
+        with zipfile.ZipFile(path, 'w') as archive:
+            archive.writestr('notes.txt', 'no weights')
+    for load in (load_weights, load_metadata):
+        with pytest.raises(ValueError, match='model.pth: no weights that torch reads'):
+            load(path)
 
 
 def test_no_code_runs(tmp_path):

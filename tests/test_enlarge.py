@@ -59,6 +59,23 @@ def test_other_blocks_are_refused():
     assert all(torch.equal(tensor, before[name]) for name, tensor in large.state_dict().items())
 
 
+def test_weights_with_the_same_stem_are_refused():
+    large, other = (create(seed, stem_type='deep') for seed in (0, 1))
+    before = large.features.conv0.weight.clone()
+    with pytest.raises(ValueError, match='have this stem already'):
+        load_all_but_stem(large, other.state_dict())
+    assert torch.equal(large.features.conv0.weight, before)
+
+
+def test_packaged_weights_by_name(tmp_path, capsys):
+    output = tmp_path / 'large.safetensors'
+    assert main(['dense2net121_s4.short_s4_c100', '--model', 'dense2net121d_s4', '--output', str(output)]) == 0
+    trained = load_trained(checkpoint=output)
+    packaged = timm.create_model('dense2net121_s4.short_s4_c100', pretrained=True)
+    assert torch.equal(trained.model.features.norm5.weight, packaged.features.norm5.weight)
+    assert trained.class_names[0] == 'apple'
+
+
 def test_command(tmp_path, capsys):
     small = timm.create_model('dense2net121_s4')
     path, output = tmp_path / 'small.safetensors', tmp_path / 'large.safetensors'

@@ -1,14 +1,17 @@
 """Files of weights and of whole training states, in safetensors: tensors and JSON, nothing that runs when it is read.
 
 A training state is written aside, synced and renamed; the one before it is kept until the new one is whole. Each
-carries a SHA-256 digest of all it holds, so a torn or altered file is known when it is read.
+carries a SHA-256 digest of all it holds, so a torn or altered file is known when it is read. Of others, checkpoints of
+timm's train.py are read as weights, by torch's `weights_only=True`, which runs nothing either.
 """
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
 import logging
 import os
+import pickle
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,8 +19,10 @@ from typing import Any
 
 import safetensors
 import safetensors.torch
+import timm
 import torch
 
+from .errors import one_line
 from .files import replace_file
 
 __all__ = [
@@ -79,7 +84,9 @@ def load_state(data: bytes) -> dict[str, Any]:
         length = int.from_bytes(data[:8], 'little')
         metadata = json.loads(data[8:8 + length])['__metadata__']
         text, digest = metadata['state'], metadata['sha256']
-    except (safetensors.SafetensorError, ValueError, KeyError, TypeError) as e:
+    except KeyError as e:
+        raise CorruptCheckpointError('no training state, but a file of weights') from e
+    except (safetensors.SafetensorError, ValueError, TypeError) as e:
         raise CorruptCheckpointError(f'not a whole training state ({e})') from e
     if _digest(tensors, text) != digest:
         raise CorruptCheckpointError('the SHA-256 digest does not match: the file was altered')
@@ -138,34 +145,70 @@ def save_weights(
 
 
 def load_weights(path: str | os.PathLike[str]) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Reads a safetensors file of weights.
+    """Reads weights from a safetensors file, or from a checkpoint of timm's train.py (its EMA where it has one).
 
     Returns:
-        State dict on the CPU, and the file's metadata.
+        State dict on the CPU, and the file's metadata; of timm's checkpoint that is the name of its model.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If it is not a whole safetensors file.
+        ValueError: If it is neither, not whole, or a training state, which holds more than weights.
     """
+    if _is_torch_file(path):
+        with _explain_torch_errors(path):
+            return timm.models.load_state_dict(str(path)), _torch_metadata(path)
     with _open_weights(path) as f:
         return {name: f.get_tensor(name) for name in f.keys()}, f.metadata() or {}
 
 
 def load_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
-    """The metadata of a safetensors file alone; errors are those of `load_weights`."""
+    """The metadata of a file of weights alone; errors are those of `load_weights`."""
+    if _is_torch_file(path):
+        with _explain_torch_errors(path):
+            return _torch_metadata(path)
     with _open_weights(path) as f:
         return f.metadata() or {}
 
 
 @contextmanager
 def _open_weights(path: str | os.PathLike[str]) -> Iterator[Any]:
-    if not Path(path).is_file():
-        raise FileNotFoundError(f'no weights at {path}')
     try:
         with safetensors.safe_open(path, 'pt') as f:
+            if 'state' in (f.metadata() or {}):
+                raise ValueError(
+                    f'{path} is a training state, for --resume; last.safetensors and best.safetensors beside it hold'
+                    ' weights')
             yield f
     except safetensors.SafetensorError as e:
         raise ValueError(f'{path}: not a whole safetensors file ({e})') from e
+
+
+def _is_torch_file(path: str | os.PathLike[str]) -> bool:
+    """Whether a file was written by `torch.save`: a ZIP archive.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f'no weights at {path}')
+    with open(path, 'rb') as f:
+        return f.read(4) == b'PK\x03\x04'
+
+
+def _torch_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
+    # timm's train.py keeps its arguments beside the weights.
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        checkpoint = torch.load(path, map_location='cpu', weights_only=True, mmap=True)
+    name = checkpoint.get('arch') if isinstance(checkpoint, Mapping) else None
+    return {'model': name} if isinstance(name, str) else {}
+
+
+@contextmanager
+def _explain_torch_errors(path: str | os.PathLike[str]) -> Iterator[None]:
+    try:
+        yield
+    except (AttributeError, EOFError, KeyError, RuntimeError, pickle.UnpicklingError) as e:
+        raise ValueError(f'{path}: no weights that torch reads with weights_only=True ({one_line(e)})') from e
 
 
 def _write_synced(path: Path, data: bytes) -> None:

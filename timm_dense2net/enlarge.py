@@ -18,7 +18,8 @@ from timm.models import list_models
 from .checkpoint import load_weights, save_weights
 from .dense2net import Dense2Net
 from .files import output_file
-from .trained import weights_file
+from .packaged import check_packaged
+from .start import start_file
 
 __all__ = ['load_all_but_stem', 'main']
 
@@ -36,10 +37,13 @@ def load_all_but_stem(model: Dense2Net, weights: Mapping[str, torch.Tensor]) -> 
         Names of the model's tensors that were not loaded.
 
     Raises:
-        ValueError: If the blocks differ; the model is then as it was.
+        ValueError: If the blocks differ, or the stem does not; the model is then as it was.
     """
     stem = re.compile(model.group_matcher()['stem'])
     own = model.state_dict()
+    stem_parameters = {name: tensor.shape for name, tensor in model.named_parameters() if stem.match(name)}
+    if all(name in weights and weights[name].shape == shape for name, shape in stem_parameters.items()):
+        raise ValueError('the weights have this stem already: the model takes them as they are')
     classifier = {name for name in own if name.startswith('classifier.')}
     taken = {name: tensor for name, tensor in weights.items() if not stem.match(name)}
     if not classifier or any(name not in taken or taken[name].shape != own[name].shape for name in classifier):
@@ -58,11 +62,13 @@ def load_all_but_stem(model: Dense2Net, weights: Mapping[str, torch.Tensor]) -> 
     return [name for name in own if name not in taken]
 
 
-def _enlarge(path: Path, name: str, output: Path, num_classes: int | None) -> str:
+def _enlarge(path: str, name: str, output: Path, num_classes: int | None) -> str:
     if name not in list_models('dense2net*d_*', module='dense2net'):
         known = ', '.join(list_models('dense2net*d_*', module='dense2net'))
         raise ValueError(f"--model {name} has no stem for larger images: it must be one of {known}")
-    weights, metadata = load_weights(weights_file(path))
+    file = start_file(path)
+    check_packaged(str(file))
+    weights, metadata = load_weights(file)
     if num_classes is None:
         num_classes = len(weights['classifier.bias']) if 'classifier.bias' in weights else 0
     model_args = metadata.get('model_args', '{}')
@@ -83,7 +89,8 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog='python -m timm_dense2net enlarge',
         description="Turn a 32x32 model's checkpoint into weights of its 'd' model, all but the stem.")
-    parser.add_argument('checkpoint', type=Path, help='run folder or safetensors file')
+    parser.add_argument('checkpoint', help=(
+        "run folder, safetensors file, checkpoint of timm's train.py or packaged weights (ARCH.TAG)"))
     parser.add_argument('--model', required=True, help="'d' model of the same depth and scale")
     parser.add_argument('--output', required=True, type=output_file, metavar='FILE', help='safetensors file to write')
     parser.add_argument('--num-classes', type=int, metavar='N', help=(
@@ -91,7 +98,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         print(_enlarge(args.checkpoint, args.model, args.output, args.num_classes))
-    except (ValueError, OSError) as e:
+    except (ValueError, OSError, RuntimeError) as e:
         print(f'error: {e}', file=sys.stderr)
         return 2
     return 0

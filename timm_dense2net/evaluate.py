@@ -135,8 +135,8 @@ def _build_parser() -> argparse.ArgumentParser:
         description='Evaluate a trained model on the test split of a data set.')
     parser.add_argument('--model', metavar='NAME', help='timm model name, hf-hub: or local-dir: name')
     parser.add_argument('--pretrained', action='store_true', help="use the model's pretrained weights")
-    parser.add_argument(
-        '--checkpoint', metavar='PATH', help='run folder or safetensors file (with --model where it does not say)')
+    parser.add_argument('--checkpoint', metavar='PATH', help=(
+        "run folder, safetensors file or checkpoint of timm's train.py (with --model where it does not say)"))
     parser.add_argument('--dataset', required=True, metavar='SPEC', help="timm data set, image folder or 'digits'")
     parser.add_argument('--data-dir', metavar='DIR', help='folder of a torch/ data set, cache of an hfds/ one')
     parser.add_argument('--input-key', metavar='NAME', help='image column of a Hugging Face data set')

@@ -205,7 +205,8 @@ def _build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         '--model', metavar='NAME', help=(
             f'timm model name with weights, hf-hub: or local-dir: name ({BEST_PACKAGED})'))
-    parser.add_argument('--checkpoint', metavar='PATH', help='run folder or safetensors file of weights')
+    parser.add_argument('--checkpoint', metavar='PATH', help=(
+        "run folder, safetensors file or checkpoint of timm's train.py"))
     parser.add_argument('--topk', type=int, default=5, metavar='K', help='classes a picture (%(default)s)')
     parser.add_argument('--format', choices=_FORMATS, default='table', help='(%(default)s)')
     parser.add_argument('--output', type=output_file, metavar='FILE', help='write there and not to the screen')

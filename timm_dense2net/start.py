@@ -35,7 +35,8 @@ def pretrained_overlay(path: str | Path, model: nn.Module, class_names: Sequence
     hierarchy of fewer splits starts from convolutions side by side.
 
     Args:
-        path: Run folder (its last weights), safetensors file, or packaged weights (``ARCH.TAG``).
+        path: Run folder (its last weights), safetensors file, checkpoint of timm's train.py, or packaged weights
+            (``ARCH.TAG``).
         model: The timm model that they are for, with other weights.
         class_names: Names of the classes that it is to tell apart.
 
@@ -44,7 +45,7 @@ def pretrained_overlay(path: str | Path, model: nn.Module, class_names: Sequence
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If it is not a safetensors file, or lacks parameters of the model other than those of the head and
+        ValueError: If it holds no weights, or lacks parameters of the model other than those of the head and
             of attention, or has more.
         RuntimeError: If packaged weights are damaged.
     """

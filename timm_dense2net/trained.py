@@ -56,12 +56,12 @@ def load_trained(
         checkpoint: str | Path | None = None,
         model_kwargs: dict[str, Any] | None = None,
 ) -> TrainedModel:
-    """Loads a model by name with its pretrained weights, or from a run folder or safetensors file.
+    """Loads a model by name with its pretrained weights, or or from a file of weights.
 
     Args:
         model: timm model name, `hf-hub:` or `local-dir:` name; with `checkpoint` only needed where the file does not
             say which model it is of.
-        checkpoint: Run folder (its last weights) or safetensors file.
+        checkpoint: Run folder (its last weights), safetensors file or checkpoint of timm's train.py.
         model_kwargs: Further arguments of the model.
 
     Raises:
@@ -102,16 +102,16 @@ def load_checkpoint_model(
         name: str | None = None,
         model_kwargs: dict[str, Any] | None = None,
 ) -> TrainedModel:
-    """Builds the model that a safetensors file is of, and loads the weights.
+    """Builds the model that a file of weights is of, and loads them.
 
     Args:
-        path: Run folder (its last weights) or safetensors file.
-        name: timm model name, where the file's metadata does not say it.
+        path: Run folder (its last weights), safetensors file or checkpoint of timm's train.py.
+        name: timm model name, where the file does not say it.
         model_kwargs: Further arguments of the model.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If the file is not safetensors, or the model is not known or does not fit.
+        ValueError: If the file holds no weights, or the model is not known or does not fit.
     """
     path = weights_file(path)
     weights, metadata = load_weights(path)
