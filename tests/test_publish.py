@@ -26,6 +26,7 @@ from timm.utils import update_summary
 import timm_dense2net  # noqa: F401
 from timm_dense2net.checkpoint import load_weights, save_weights
 from timm_dense2net.cifar import CIFAR100_CLASSES
+from timm_dense2net.convert import conversion_metadata, convert_res2net
 from timm_dense2net.files import sha256_of
 from timm_dense2net.hub import DIGEST_KEY
 from timm_dense2net.options import build_parser, load_recipe, saved_args
@@ -215,9 +216,24 @@ def test_model_card_states_figures_licence_and_use(run):
     assert {item['name']: item['value'] for item in result['metrics']} == {
         'Top-1 accuracy (%)': 61.25, 'Top-5 accuracy (%)': 88.5}
     for text in ('61.25 % / 88.50 %', 'import timm_dense2net', '![', 'curves.png', 'Code and weights: apache-2.0',
-                 '1 x NVIDIA H200, 2.00 h', '@article{gao2019res2net'):
+                 '1 x NVIDIA H200, 2.00 h', '@article{gao2019res2net', 'huang2017densely', 'starliper'):
         assert text in card
     assert 'confusion_matrix.png' not in card
+
+
+@pytest.mark.parametrize('converted', [False, True])
+def test_the_card_of_another_timm_model_tells_what_it_has_from_here(run, converted):
+    model = timm.create_model('test_resnet', num_classes=100)
+    if converted:
+        convert_res2net(model, 2)
+    metadata = load_weights(run / 'last.safetensors')[1] | dict(model='test_resnet', **conversion_metadata(model))
+    save_weights(run / 'last.safetensors', model.state_dict(), metadata)
+    card = (write_hub_folder(run, REPO, run / 'hub') / 'README.md').read_text()
+    assert yaml.safe_load(card.split('---\n')[1])['tags'] == ['timm', 'image-classification']
+    assert 'starliper' not in card and 'huang2017densely' not in card
+    for text in ('import timm_dense2net', 'pip install .', 'gao2019res2net', '## Citation', 'hierarchy (scale 2)'):
+        assert (text in card) == converted
+    assert ('pip install timm\n' in card) != converted
 
 
 def test_the_cards_code_runs_as_it_stands(run, tmp_path):

@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
-from timm.models import get_pretrained_cfg
+from timm.models import get_pretrained_cfg, is_model_in_modules
 
 from .options import is_place
 from .results import RunResult
@@ -17,16 +17,23 @@ __all__ = ['first_model', 'hub_dataset', 'model_card']
 # Hub id and name of data sets known here, by the last part of timm's data set name.
 _HUB_DATASETS = {'cifar100': ('uoft-cs/cifar100', 'CIFAR-100'), 'cifar10': ('uoft-cs/cifar10', 'CIFAR-10')}
 
-_CITATION = '''\
-@misc{starliper_dense2net,
-  title = {Dense2Net: A Hybrid DenseNet/Res2Net Architecture},
-  author = {Starliper, Nathan and Songkakul, Tanner}
-}
+_IMPORT = '''
+import timm_dense2net  # registers the model in timm
+'''
+
+_RES2NET = '''\
 @article{gao2019res2net,
   title = {Res2Net: A New Multi-scale Backbone Architecture},
   author = {Gao, Shang-Hua and Cheng, Ming-Ming and Zhao, Kai and Zhang, Xin-Yu and Yang, Ming-Hsuan and Torr, Philip},
   journal = {arXiv:1904.01169},
   year = {2019}
+}
+'''
+
+_DENSE2NET = '''\
+@misc{starliper_dense2net,
+  title = {Dense2Net: A Hybrid DenseNet/Res2Net Architecture},
+  author = {Starliper, Nathan and Songkakul, Tanner}
 }
 @inproceedings{huang2017densely,
   title = {Densely Connected Convolutional Networks},
@@ -83,11 +90,11 @@ def model_card(
     size = ' x '.join(str(side) for side in trained.data_config['input_size'])
     weights = 'EMA of the weights' if result.ema else 'weights'
     return f'''---
-{_front_matter(name, licence, result).to_yaml()}
+{_front_matter(name, licence, result, trained).to_yaml()}
 ---
 # {name}
 
-`{trained.metadata['model']}`, an image classifier for [timm](https://github.com/huggingface/pytorch-image-models),
+{_architecture(trained)}, an image classifier for [timm](https://github.com/huggingface/pytorch-image-models),
 trained on {dataset_name} with `timm_dense2net`.
 
 | | |
@@ -104,16 +111,14 @@ trained on {dataset_name} with `timm_dense2net`.
 ## Use
 
 ```bash
-pip install .    # in a checkout of timm_dense2net
+{'pip install .    # in a checkout of timm_dense2net' if _needs_package(trained) else 'pip install timm'}
 ```
 
 ```python
 import timm
 import torch
 from PIL import Image
-
-import timm_dense2net  # registers the model in timm
-
+{_IMPORT if _needs_package(trained) else ''}
 model = timm.create_model('hf-hub:{repo_id}', pretrained=True).eval()
 transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model), is_training=False)
 
@@ -133,12 +138,33 @@ trains it again; `{place}` says where the data is{left_out}), the figures of eac
 ## Licence
 
 Code and weights: {licence}. The training data has terms of its own.
+{_citation(trained)}'''
 
-## Citation
 
-```bibtex
-{_CITATION}```
-'''
+def _is_own(trained: TrainedModel) -> bool:
+    return is_model_in_modules(trained.model.pretrained_cfg['architecture'], ['dense2net'])
+
+
+def _conversion(trained: TrainedModel) -> Mapping[str, Any] | None:
+    return getattr(trained.model, 'res2net_conversion', None)
+
+
+def _needs_package(trained: TrainedModel) -> bool:
+    return _is_own(trained) or _conversion(trained) is not None
+
+
+def _architecture(trained: TrainedModel) -> str:
+    conversion = _conversion(trained)
+    name = f'`{trained.metadata["model"]}`'
+    if conversion is None:
+        return name
+    return f"{name} with Res2Net's hierarchy (scale {conversion['scale']}) in the place of its 3x3 convolutions"
+
+
+def _citation(trained: TrainedModel) -> str:
+    """Of what the model has from this package: other timm models are described where timm is."""
+    works = (_DENSE2NET if _is_own(trained) else '') + (_RES2NET if _needs_package(trained) else '')
+    return f'\n## Citation\n\n```bibtex\n{works}```\n' if works else ''
 
 
 def _dataset_names(result: RunResult) -> tuple[str, str]:
@@ -146,7 +172,7 @@ def _dataset_names(result: RunResult) -> tuple[str, str]:
     return _HUB_DATASETS.get(result.dataset, (result.dataset, result.dataset))
 
 
-def _front_matter(name: str, licence: str, result: RunResult) -> ModelCardData:
+def _front_matter(name: str, licence: str, result: RunResult, trained: TrainedModel) -> ModelCardData:
     dataset_id, dataset_name = _dataset_names(result)
     shared = dict(
         task_type='image-classification', dataset_type=dataset_id, dataset_name=dataset_name, dataset_split='test')
@@ -154,7 +180,7 @@ def _front_matter(name: str, licence: str, result: RunResult) -> ModelCardData:
         license=licence,
         library_name='timm',
         pipeline_tag='image-classification',
-        tags=['timm', 'image-classification', 'dense2net'],
+        tags=['timm', 'image-classification', *(['dense2net'] if _is_own(trained) else [])],
         datasets=[dataset_id] if result.dataset in _HUB_DATASETS else None,
         model_name=name,
         eval_results=[
