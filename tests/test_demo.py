@@ -92,6 +92,15 @@ def test_drawings_are_recognised(name):
     assert len(by_block) == 4
 
 
+def test_a_port_that_is_taken_is_named(capsys):
+    pytest.importorskip('gradio')
+    with socket.create_server(('127.0.0.1', 0)) as taken:
+        port = taken.getsockname()[1]
+        assert main(['--port', str(port)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f'error: cannot serve at 127.0.0.1:{port}, which may be taken: try another --port')
+
+
 def test_wrong_checkpoint_gives_one_line(tmp_path, capsys):
     pytest.importorskip('gradio')
     assert main(['--checkpoint', str(tmp_path / 'nowhere')]) == 2

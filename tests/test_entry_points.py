@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import timm
 
-import timm_dense2net  # noqa: F401
+import timm_dense2net
 from timm_dense2net.__main__ import COMMANDS, main
 
 ROOT = Path(__file__).parent.parent
@@ -91,6 +91,11 @@ def test_names_an_unknown_command(capsys):
     assert all(name in usage for name in COMMANDS)
 
 
+def test_tells_its_version(capsys):
+    assert main(['--version']) == 0
+    assert capsys.readouterr().out == f'timm_dense2net {timm_dense2net.__version__}\n'
+
+
 @pytest.mark.parametrize('command', COMMANDS)
 def test_every_command_has_help(command, capsys):
     with pytest.raises(SystemExit) as info:
@@ -102,6 +107,9 @@ def test_every_command_has_help(command, capsys):
 @pytest.mark.parametrize('argv, words', [
     (['demo', '--port', '70000'], ['--port must be from 1 to 65535', '70000']),
     (['demo', '--host', 'no host'], ['--host no host: no such address']),
+    (['export', '--model', 'resnet18', '--output', 'no/x.onnx'], ['no/x.onnx: there is no folder no']),
+    (['export', '--model', 'resnet18', '--output', '.'], ['--output', 'is a folder']),
+    (['report', 'run', '--output', __file__], [f'--output {__file__} is a file: name a folder']),
     (['convert', 'resnet18', '--num-classes', '-3'], ['--num-classes must be at least 0', '-3']),
     (['evaluate', '--model', 'resnet18', '--pretrained', '--dataset', 'digits', '--img-size', '0'],
      ['--img-size must be at least 1', '0']),

@@ -136,7 +136,7 @@ def test_weights_are_checked_wherever_they_are_loaded(tmp_path, monkeypatch, no_
 
 
 @pytest.mark.parametrize('changed, message', [
-    (dict(num_classes='10'), '100 classes'),
+    (dict(num_classes='10'), f'100 classes, got {NAME} with 10$'),
     (dict(model_args='{"growth_rate": 16}'), 'growth_rate'),
     (dict(class_names='["cat", "dog"]'), "CIFAR-100's classes"),
     (dict(res2net_conversion='{}'), 'converted'),

@@ -3,11 +3,14 @@
     python -m timm_dense2net SCRIPT ARGS...                       e.g. timm's validate.py
     torchrun --nproc-per-node 4 -m timm_dense2net train.py ...    the same in every worker
     python -m timm_dense2net COMMAND --help
+    python -m timm_dense2net --version
 """
 import importlib
 import runpy
 import sys
 from pathlib import Path
+
+from .version import __version__
 
 # Command -> module of this package whose main(argv) runs it.
 COMMANDS = {
@@ -28,7 +31,9 @@ COMMANDS = {
 
 def _usage() -> str:
     commands = ','.join(COMMANDS)
-    return f'usage: python -m timm_dense2net SCRIPT ARGS...\n       python -m timm_dense2net {{{commands}}} ...'
+    return (
+        f'usage: python -m timm_dense2net SCRIPT ARGS...\n       python -m timm_dense2net {{{commands}}} ...\n'
+        '       python -m timm_dense2net --version')
 
 
 def run_script(script: str, args: list[str]) -> None:
@@ -46,6 +51,9 @@ def main(argv: list[str] | None = None) -> int:
     if not argv or argv[0] in ('-h', '--help'):
         print(_usage())
         return 0 if argv else 2
+    if argv[0] == '--version':
+        print(f'timm_dense2net {__version__}')
+        return 0
     name, args = argv[0], argv[1:]
     if name in COMMANDS:
         try:

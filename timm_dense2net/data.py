@@ -223,8 +223,10 @@ def _damaged_parquet(folder: str) -> str | None:
 
 
 def _open_folder(root: str | None, split: str) -> Dataset:
-    if not root or not os.path.isdir(root):
-        raise FileNotFoundError(f'{root or "data_dir"}: not a folder of images, nor a data set name that timm knows.')
+    if not root:
+        raise ValueError('an image folder is named by --data-dir (data_dir), or by its path as --dataset (dataset).')
+    if not os.path.isdir(root):
+        raise FileNotFoundError(f'{root}: not a folder of images, nor a data set name that timm knows.')
     found = next((name for name in _SPLIT_NAMES[split] if os.path.isdir(os.path.join(root, name))), None)
     if found is None:
         raise FileNotFoundError(f'{root}: no folder for the {split} split, one of {", ".join(_SPLIT_NAMES[split])}.')

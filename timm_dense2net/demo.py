@@ -24,6 +24,7 @@ from timm.data import create_transform
 from .cam import class_activation_maps
 from .dense2net import DenseBlock
 from .drawings import DRAWINGS
+from .errors import one_line
 from .files import replace_file
 from .packaged import BEST_PACKAGED
 from .pictures import read_picture
@@ -105,7 +106,8 @@ def build_demo(checkpoints: Sequence[str | Path] = ()) -> Any:
     """Builds the page as a `gradio.Blocks`; `.launch()` serves it.
 
     Args:
-        checkpoints: Run folders or safetensors files to offer beside the packaged weights.
+        checkpoints: Run folders, safetensors files or checkpoints of timm's train.py, to offer beside the packaged
+            weights.
 
     Raises:
         FileNotFoundError: If there is no such checkpoint.
@@ -163,8 +165,8 @@ def build_demo(checkpoints: Sequence[str | Path] = ()) -> Any:
 def _build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog='python -m timm_dense2net demo', description='Serve a page that classifies pictures.')
-    parser.add_argument(
-        '--checkpoint', nargs='+', default=(), metavar='PATH', help='run folders or safetensors files to offer as well')
+    parser.add_argument('--checkpoint', nargs='+', default=(), metavar='PATH', help=(
+        "run folders, safetensors files or checkpoints of timm's train.py to offer as well"))
     parser.add_argument('--host', default='127.0.0.1', metavar='ADDRESS', help='address to serve at (%(default)s)')
     parser.add_argument('--port', type=int, default=7860, help='(%(default)s)')
     return parser
@@ -193,6 +195,7 @@ def main(argv: list[str] | None = None) -> int:
             server_name=args.host, server_port=args.port, share=False, ssr_mode=False,
             max_file_size=_MAX_UPLOAD)
     except OSError as e:
-        print(f'error: {e}', file=sys.stderr)
+        print(f'error: cannot serve at {args.host}:{args.port}, which may be taken: try another --port ({one_line(e)})',
+              file=sys.stderr)
         return 2
     return 0

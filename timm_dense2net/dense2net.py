@@ -62,8 +62,17 @@ def _check_input(x: torch.Tensor, min_size: int = 1, channels: Optional[int] = N
 
 def _check_positive(**values: int) -> None:
     for name, value in values.items():
+        if not isinstance(value, int):
+            raise ValueError(f'{name} must be an integer, got {value!r}')
         if value < 1:
             raise ValueError(f'{name} must be at least 1, got {value}')
+
+
+def _check_block_config(block_config: Any) -> None:
+    if not isinstance(block_config, (list, tuple)):
+        raise ValueError(f'block_config must be a list of the number of layers in each block, got {block_config!r}')
+    if not block_config or min(block_config) < 1:
+        raise ValueError(f'block_config must name at least one layer a block, got {tuple(block_config)}')
 
 
 def _check_rates(**values: float) -> None:
@@ -563,8 +572,7 @@ class Dense2Net(nn.Module):
         _check_rates(drop_rate=drop_rate, drop_path_rate=drop_path_rate)
         if num_classes < 0:
             raise ValueError(f'num_classes must be at least 0, got {num_classes}')
-        if not block_config or min(block_config) < 1:
-            raise ValueError(f'block_config must name at least one layer a block, got {tuple(block_config)}')
+        _check_block_config(block_config)
         norm_act_layer = find_norm_act_layer(norm_layer, act_layer)
         self.num_classes = num_classes
         self.in_chans = in_chans
@@ -782,6 +790,7 @@ def _create_dense2net(variant: str, pretrained: bool = False, **kwargs) -> Dense
         overlay = kwargs['pretrained_cfg_overlay'] = dict(overlay, file=None)
     if pretrained:
         check_pretrained(resolve_pretrained_cfg(variant, kwargs.get('pretrained_cfg'), overlay))
+    _check_block_config(kwargs['block_config'])
     num_features = len(kwargs['block_config']) + 1
     return build_model_with_cfg(
         Dense2Net,

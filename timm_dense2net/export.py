@@ -26,7 +26,7 @@ from timm.utils import reparameterize_model
 from tqdm import tqdm
 
 from .errors import one_line
-from .files import replace_file, sha256_of
+from .files import output_file, replace_file, sha256_of
 from .trained import TrainedModel, load_trained
 from .version import __version__
 
@@ -240,10 +240,11 @@ def _build_parser() -> argparse.ArgumentParser:
         prog='python -m timm_dense2net export', description='Write a model as a file that runs without this package.')
     source = parser.add_argument_group('what to export (one of the two, or a checkpoint and the model it is of)')
     source.add_argument('--model', metavar='NAME', help='timm model name with weights, hf-hub: or local-dir: name')
-    source.add_argument('--checkpoint', metavar='PATH', help='run folder or safetensors file of weights')
+    source.add_argument('--checkpoint', metavar='PATH', help=(
+        "run folder, safetensors file or checkpoint of timm's train.py"))
     parser.add_argument('--format', choices=FORMATS, default='onnx', help='(%(default)s)')
     parser.add_argument('--fuse', action='store_true', help='fold the norms into the convolutions first')
-    parser.add_argument('--output', type=Path, required=True, metavar='FILE', help='file to write, .onnx or .pt2')
+    parser.add_argument('--output', type=output_file, required=True, metavar='FILE', help='file to write, .onnx or .pt2')
     return parser
 
 

@@ -53,6 +53,11 @@ HOST_ARGS = frozenset((
 # What timm.create_model takes of where weights are; the rest of --model-kwargs is the model's shape.
 _WEIGHT_KWARGS = frozenset(('pretrained_cfg', 'pretrained_cfg_overlay', 'cache_dir'))
 
+# Arguments of a model in training that are set otherwise, and by what.
+_OWN_KWARGS = dict(
+    num_classes='--num-classes', in_chans='the channels of the images', drop_rate='--drop',
+    drop_path_rate='--drop-path', pretrained='--pretrained')
+
 # What a resumed run may change: where things are, how the host works, how fast it goes, how long it lasts.
 _MAY_CHANGE = HOST_ARGS | {
     'output', 'experiment', 'recipe', 'data_dir', 'kd_pretrained_path', 'batch_size', 'validation_batch_size',
@@ -160,8 +165,8 @@ def _add_model_args(group: argparse._ArgumentGroup) -> None:
     group.add_argument('--model-kwargs', nargs='*', default={}, action=_ModelKwargs, metavar='KEY=VALUE')
     group.add_argument('--pretrained', action=_FLAG, default=False, help='start from (or evaluate) pretrained weights')
     group.add_argument('--pretrained-path', metavar='PATH', help=(
-        'run folder, safetensors file or packaged weights (ARCH.TAG) in the place of the pretrained weights, with'
-        ' adaptation'))
+        "run folder, safetensors file, checkpoint of timm's train.py or packaged weights (ARCH.TAG) in the place of the"
+        ' pretrained weights, with adaptation'))
     group.add_argument('--initial-checkpoint', metavar='PATH', help='start from these weights')
     group.add_argument('--num-classes', type=int, metavar='N', help="number of classes (the data's)")
     group.add_argument('--freeze-stages', type=int, default=0, metavar='N', help=(
@@ -231,7 +236,8 @@ def _add_augmentation_args(group: argparse._ArgumentGroup) -> None:
 def _add_distillation_args(group: argparse._ArgumentGroup) -> None:
     group.add_argument('--kd-model-name', metavar='MODEL', help=(
         "teacher: a timm model with weights for the data's classes, whose answers are targets too"))
-    group.add_argument('--kd-pretrained-path', metavar='PATH', help="the teacher's run folder or safetensors file")
+    group.add_argument('--kd-pretrained-path', metavar='PATH', help=(
+        "the teacher's run folder, safetensors file or checkpoint of timm's train.py"))
     group.add_argument('--kd-temperature', type=float, default=4., metavar='T', help='(%(default)s)')
     group.add_argument('--distill-loss-weight', type=float, metavar='W', help=(
         "weight of the teacher's answers (1, or what the task weight leaves of 1)"))
@@ -497,6 +503,7 @@ def check_args(args: argparse.Namespace) -> None:
         _check_eval_only(args)
     elif args.checkpoint:
         raise ValueError('--checkpoint names weights to evaluate: add --eval-only, or train on --initial-checkpoint')
+    _check_model_kwargs(args)
     _check_start(args)
     _check_distillation(args)
     for option, package in (('log_wandb', 'wandb'), ('log_tensorboard', 'tensorboard')):
@@ -580,6 +587,12 @@ def _option(name: str) -> str:
 def _check_progressive_resizing(args: argparse.Namespace) -> None:
     if (args.initial_img_size is None) != (args.full_size_epoch is None):
         raise ValueError('--initial-img-size and --full-size-epoch go together: give both or neither')
+
+
+def _check_model_kwargs(args: argparse.Namespace) -> None:
+    for name, instead in _OWN_KWARGS.items():
+        if name in args.model_kwargs and not args.eval_only:
+            raise ValueError(f'--model-kwargs: {name} is set by {instead}')
 
 
 def _check_start(args: argparse.Namespace) -> None:

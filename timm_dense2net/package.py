@@ -38,13 +38,15 @@ def package_run(run: Path, recipe: str) -> Path:
     """
     state_dict, metadata = load_weights(tested_weights(run))
     if 'model' not in metadata or metadata.get('num_classes') != '100':
-        raise ValueError(f'{run}: expected weights of a named model with 100 classes, got {metadata}')
+        raise ValueError(
+            f'{run}: expected weights of a named model with 100 classes, got {metadata.get("model")} with '
+            f'{metadata.get("num_classes")}')
     if METADATA_KEY in metadata:
         raise ValueError(f'{run}: weights of a converted {metadata["model"]} fit no model that a name stands for')
     if metadata.get('model_args', '{}') != '{}':
         raise ValueError(f'{run}: weights of a {metadata["model"]} with {metadata["model_args"]} fit none by that name')
     if json.loads(metadata.get('class_names', 'null')) != list(CIFAR100_CLASSES):
-        raise ValueError(f"{run}: expected weights for CIFAR-100's classes, got {metadata.get('class_names')}")
+        raise ValueError(f"{run}: expected weights for CIFAR-100's classes, in their order, got those of others")
     half = {name: t.half() if t.is_floating_point() else t for name, t in state_dict.items()}
     overflown = [name for name, t in half.items() if not torch.isfinite(t).all()]
     if overflown:

@@ -256,6 +256,8 @@ def main(argv: list[str] | None = None) -> int:
         parser.error('give run folders, or --results')
     if args.readme and not args.results:
         parser.error('--readme needs --results')
+    if args.output and args.output.exists() and not args.output.is_dir():
+        parser.error(f'--output {args.output} is a file: name a folder')
     if args.check and (not args.readme or args.runs or args.output):
         parser.error('--check needs --readme and --results, and writes nothing: give no runs and no --output')
 
