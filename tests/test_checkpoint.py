@@ -1,5 +1,6 @@
 """Files of weights and training states: what goes in comes out, damage is known, nothing runs when they are read."""
 import argparse
+import json
 import os
 import pickle
 import zipfile
@@ -83,24 +84,30 @@ def test_a_training_state_is_no_weights(tmp_path, load):
 
 @pytest.mark.parametrize('ema', [False, True])
 def test_a_checkpoint_of_timms_train_is_weights(tmp_path, ema):
-    model, averaged = (timm.create_model('dense2net40_k12_s4', num_classes=10) for _ in range(2))
+    model_args = dict(act_layer='silu', global_pool='max')
+    model, averaged = (timm.create_model('dense2net40_k12_s4', num_classes=10, **model_args) for _ in range(2))
     saver = CheckpointSaver(
-        model, torch.optim.SGD(model.parameters(), lr=0.1), argparse.Namespace(model='dense2net40_k12_s4'),
+        model, torch.optim.SGD(model.parameters(), lr=0.1),
+        argparse.Namespace(model='dense2net40_k12_s4', model_kwargs=dict(act_layer='silu'), gp='max'),
         ModelEmaV3(averaged) if ema else None, checkpoint_dir=str(tmp_path), recovery_dir=str(tmp_path))
     saver.save_checkpoint(0)
     path = tmp_path / 'last.pth.tar'
     weights, metadata = load_weights(path)
-    assert metadata == load_metadata(path) == {'model': 'dense2net40_k12_s4'}
+    assert metadata == load_metadata(path) and metadata['model'] == 'dense2net40_k12_s4'
+    assert json.loads(metadata['model_args']) == model_args
     expected = (averaged if ema else model).state_dict()
     assert weights.keys() == expected.keys()
     assert all(torch.equal(tensor, expected[name]) for name, tensor in weights.items())
-    trained = load_trained(checkpoint=path)
-    assert torch.equal(trained.model.classifier.weight, expected['classifier.weight'])
+    x = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        logits = (averaged if ema else model).eval()(x)
+        assert torch.equal(load_trained(checkpoint=path).model(x), logits)
 
 
-def test_a_bare_state_dict_names_no_model(tmp_path):
+@pytest.mark.parametrize('saved', [{}, {'arch': 'dense2net'}])  # as timm's CheckpointSaver calls it without arguments
+def test_a_file_that_names_no_model(tmp_path, saved):
     path = tmp_path / 'model.pth'
-    torch.save({'a': torch.ones(1)}, path)
+    torch.save(saved | {'state_dict': {'a': torch.ones(1)}}, path)
     assert load_weights(path) == ({'a': torch.ones(1)}, {})
 
 

@@ -271,6 +271,8 @@ def test_sizes_are_those_of_the_name(name):
     (dict(growth_rate='four'), ('growth_rate must be an integer', "'four'")),
     (dict(scale=2.5), ('scale must be an integer', '2.5')),
     (dict(block_config=()), ('block_config',)),
+    (dict(block_config=('a',)), ('block_config must be a list', "('a',)")),
+    (dict(num_classes='10'), ('num_classes must be an integer', "'10'")),
     (dict(block_config=6), ('block_config must be a list', '6')),
     (dict(block_config=(6, 0)), ('block_config', '(6, 0)')),
     (dict(stem_type='deeper'), ('stem_type', 'deeper', 'cifar')),

@@ -19,7 +19,7 @@ from timm_dense2net.data import load_arrays
 from timm_dense2net.evaluate import FlipAverage, evaluate, main
 from timm_dense2net.fused import FusedDenseBlock
 from timm_dense2net.images import ImageArrays
-from timm_dense2net.trained import TrainedModel, load_trained
+from timm_dense2net.trained import TrainedModel, load_trained, weights_shape
 
 MODEL = 'dense2net40_k12_s4'
 
@@ -339,6 +339,13 @@ def test_trained_models_carry_what_their_file_says(tmp_path):
     save_model(path, **full_metadata(model_args='{"growth": 12}'))
     with pytest.raises(ValueError, match=f"does not fit {MODEL}: .* unexpected keyword argument 'growth'"):
         load_trained(checkpoint=path)
+
+
+def test_channels_of_images_are_those_the_file_names():
+    # As of TResNet, whose first convolution sees 4x4 pixels side by side.
+    cfg, weights = dict(first_conv='conv1', classifier='fc'), {'conv1.weight': torch.zeros(8, 48, 3, 3)}
+    assert weights_shape(cfg, weights, dict(input_size='[3, 32, 32]')) == dict(in_chans=3)
+    assert weights_shape(cfg, weights, {}) == dict(in_chans=48)
 
 
 def test_a_model_of_several_classifiers(tmp_path):

@@ -14,7 +14,10 @@ import yaml
 from PIL import Image, ImageDraw
 from training_runs import ROOT, assert_same_run, finish, read_state, run_here, start
 
+from timm_dense2net.build import build_data
 from timm_dense2net.checkpoint import load_weights, save_state, save_weights
+from timm_dense2net.cifar import CIFAR100_STD
+from timm_dense2net.options import parse_args
 from timm_dense2net.packaged import packaged_file
 from timm_dense2net.start import freeze_stages, pretrained_overlay
 from timm_dense2net.trained import load_trained
@@ -225,6 +228,18 @@ def test_freezing_holds_in_any_timm_model(name, stem, last):
     assert [key for key in moved if key.startswith(last)]
     frozen = [key for key, parameter in model.named_parameters() if not parameter.requires_grad]
     assert len(before) - len(moved) >= len(frozen) > 0
+
+
+def test_a_model_without_stages_is_named():
+    with pytest.raises(ValueError, match='--freeze-stages: timm does not group the layers of PoolingVisionTransformer'):
+        freeze_stages(timm.create_model('pit_ti_224', device='meta'), 1)
+
+
+def test_mean_and_std_are_those_of_the_weights_that_model_kwargs_name(tmp_path):
+    overlay = 'pretrained_cfg_overlay={"mean": (0.1, 0.2, 0.3)}'
+    args = parse_args(digits(tmp_path, 'run', '--model', MODEL, '--pretrained', '--model-kwargs', overlay))
+    data = build_data(args)
+    assert data.mean == (0.1, 0.2, 0.3) and data.std == CIFAR100_STD
 
 
 def test_the_head_is_kept_for_the_same_classes(tmp_path):

@@ -236,6 +236,16 @@ def test_the_card_of_another_timm_model_tells_what_it_has_from_here(run, convert
     assert ('pip install timm\n' in card) != converted
 
 
+@pytest.mark.parametrize('name, cited', [('resnext29_8x64d', False), ('res2next29_6x24d_4s', True)])
+def test_the_card_of_a_model_of_this_package_imports_it(run, name, cited):
+    model_args = dict(layers=(1, 1, 1))
+    metadata = load_weights(run / 'last.safetensors')[1] | dict(model=name, model_args=json.dumps(model_args))
+    save_weights(run / 'last.safetensors', timm.create_model(name, **model_args).state_dict(), metadata)
+    card = (write_hub_folder(run, REPO, run / 'hub') / 'README.md').read_text()
+    assert 'import timm_dense2net' in card and 'pip install .' in card
+    assert ('gao2019res2net' in card) == cited and 'starliper' not in card
+
+
 def test_the_cards_code_runs_as_it_stands(run, tmp_path):
     folder = write_hub_folder(run, REPO, run / 'hub')
     code = re.search(r'```python\n(.*?)```', (folder / 'README.md').read_text(), re.DOTALL)[1]

@@ -70,6 +70,12 @@ def test_exact_sizes(name, num_classes, params):
     assert sum(p.numel() for p in model.parameters()) == params
 
 
+@pytest.mark.parametrize('name', ['resnext29_8x64d', 'wide_resnet28_10', 'pyramidnet164_a84'])
+def test_an_unknown_activation_is_named(name):
+    with pytest.raises(ValueError, match="unknown act_layer 'foo'"):
+        create(name, device='meta', act_layer='foo')
+
+
 def test_first_block_of_a_stage_convolves_every_split():
     model = create('res2next29_6x24d_4s', device='meta')
     for stage in (model.layer1, model.layer2, model.layer3):

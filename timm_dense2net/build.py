@@ -31,7 +31,7 @@ from .images import PREPROCESSING, Images, dataset_stats, hold_out_split
 from .loader import BatchLoader
 from .meta import check_input
 from .names import check_model_name
-from .options import augment_config, public_args, public_model_kwargs, saved_args
+from .options import augment_config, build_parser, public_args, public_model_kwargs, saved_args, weight_kwargs
 from .start import freeze_stages, pretrained_overlay, start_file
 from .trained import TrainedModel, check_fits, load_test_split, load_trained, weights_config, weights_file
 from .trainer import Trainer
@@ -112,7 +112,7 @@ def _pretrained_stats(args: argparse.Namespace) -> tuple[Sequence[float], Sequen
     given = weights_config(load_metadata(start_file(args.pretrained_path))) if args.pretrained_path else {}
     try:
         # Created, as the configuration of a model on the Hub or in a folder is read with it.
-        cfg = timm.create_model(args.model).pretrained_cfg | given
+        cfg = timm.create_model(args.model, **weight_kwargs(args.model_kwargs)).pretrained_cfg | given
     except LOAD_ERRORS as e:
         raise ValueError(f'{args.model}: {one_line(e)}') from e
     return cfg['mean'], cfg['std']
@@ -310,7 +310,9 @@ def build_trained(args: argparse.Namespace) -> tuple[nn.Module, RunData]:
         ValueError: If either does not fit.
     """
     says_model = args.checkpoint and 'model' in load_metadata(weights_file(args.checkpoint))
-    trained = load_trained(None if says_model else args.model, args.checkpoint, args.model_kwargs)
+    # What the file says gives way to a model that was named.
+    name = None if says_model and args.model == build_parser().get_default('model') else args.model
+    trained = load_trained(name, args.checkpoint, args.model_kwargs)
     args.num_classes = trained.model.num_classes
     test = load_test_split(trained, args.dataset, img_size=args.img_size, **_data_args(args))
     check_fits(trained, test)

@@ -141,8 +141,8 @@ Code and weights: {licence}. The training data has terms of its own.
 {_citation(trained)}'''
 
 
-def _is_own(trained: TrainedModel) -> bool:
-    return is_model_in_modules(trained.model.pretrained_cfg['architecture'], ['dense2net'])
+def _is_in(trained: TrainedModel, *modules: str) -> bool:
+    return is_model_in_modules(trained.model.pretrained_cfg['architecture'], list(modules))
 
 
 def _conversion(trained: TrainedModel) -> Mapping[str, Any] | None:
@@ -150,7 +150,7 @@ def _conversion(trained: TrainedModel) -> Mapping[str, Any] | None:
 
 
 def _needs_package(trained: TrainedModel) -> bool:
-    return _is_own(trained) or _conversion(trained) is not None
+    return _is_in(trained, 'dense2net', 'resnet_cifar') or _conversion(trained) is not None
 
 
 def _architecture(trained: TrainedModel) -> str:
@@ -163,7 +163,9 @@ def _architecture(trained: TrainedModel) -> str:
 
 def _citation(trained: TrainedModel) -> str:
     """Of what the model has from this package: other timm models are described where timm is."""
-    works = (_DENSE2NET if _is_own(trained) else '') + (_RES2NET if _needs_package(trained) else '')
+    is_dense2net = _is_in(trained, 'dense2net')
+    has_hierarchy = is_dense2net or _conversion(trained) is not None or 'res2ne' in trained.metadata['model']
+    works = (_DENSE2NET if is_dense2net else '') + (_RES2NET if has_hierarchy else '')
     return f'\n## Citation\n\n```bibtex\n{works}```\n' if works else ''
 
 
@@ -180,7 +182,7 @@ def _front_matter(name: str, licence: str, result: RunResult, trained: TrainedMo
         license=licence,
         library_name='timm',
         pipeline_tag='image-classification',
-        tags=['timm', 'image-classification', *(['dense2net'] if _is_own(trained) else [])],
+        tags=['timm', 'image-classification', *(['dense2net'] if _is_in(trained, 'dense2net') else [])],
         datasets=[dataset_id] if result.dataset in _HUB_DATASETS else None,
         model_name=name,
         eval_results=[

@@ -148,7 +148,8 @@ def load_weights(path: str | os.PathLike[str]) -> tuple[dict[str, torch.Tensor],
     """Reads weights from a safetensors file, or from a checkpoint of timm's train.py (its EMA where it has one).
 
     Returns:
-        State dict on the CPU, and the file's metadata; of timm's checkpoint that is the name of its model.
+        State dict on the CPU, and the file's metadata; of timm's checkpoint that is its model's name
+        and arguments.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -199,8 +200,12 @@ def _torch_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
     # timm's train.py keeps its arguments beside the weights.
     with torch.serialization.safe_globals([argparse.Namespace]):
         checkpoint = torch.load(path, map_location='cpu', weights_only=True, mmap=True)
-    name = checkpoint.get('arch') if isinstance(checkpoint, Mapping) else None
-    return {'model': name} if isinstance(name, str) else {}
+    checkpoint = checkpoint if isinstance(checkpoint, Mapping) else {}
+    name, args = checkpoint.get('arch'), checkpoint.get('args')
+    if not isinstance(name, str) or not timm.is_model(name):  # without arguments it is the name of the model's class
+        return {}
+    pooling = {'global_pool': args.gp} if getattr(args, 'gp', None) else {}
+    return dict(model=name, model_args=json.dumps(pooling | (getattr(args, 'model_kwargs', None) or {})))
 
 
 @contextmanager

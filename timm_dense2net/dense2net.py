@@ -8,7 +8,8 @@ Papers:
 from collections import OrderedDict
 from contextlib import contextmanager, nullcontext
 from functools import lru_cache
-from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple, Type, Union
+from numbers import Integral
+from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Tuple, Type, Union
 
 import torch
 import torch.nn as nn
@@ -62,16 +63,16 @@ def _check_input(x: torch.Tensor, min_size: int = 1, channels: Optional[int] = N
 
 def _check_positive(**values: int) -> None:
     for name, value in values.items():
-        if not isinstance(value, int):
+        if not isinstance(value, Integral):
             raise ValueError(f'{name} must be an integer, got {value!r}')
         if value < 1:
             raise ValueError(f'{name} must be at least 1, got {value}')
 
 
 def _check_block_config(block_config: Any) -> None:
-    if not isinstance(block_config, (list, tuple)):
+    if not isinstance(block_config, Iterable) or not all(isinstance(count, Integral) for count in block_config):
         raise ValueError(f'block_config must be a list of the number of layers in each block, got {block_config!r}')
-    if not block_config or min(block_config) < 1:
+    if not len(block_config) or min(block_config) < 1:
         raise ValueError(f'block_config must name at least one layer a block, got {tuple(block_config)}')
 
 
@@ -91,17 +92,26 @@ def _create_attn(attn_layer: Optional[str], channels: int, device=None, dtype=No
     return nn.Identity() if attn is None else attn
 
 
-def find_norm_act_layer(norm_layer: LayerType, act_layer: LayerType) -> Type[nn.Module]:
-    """timm's ``get_norm_act_layer``, with a message for what timm does not know.
+def check_act_layer(act_layer: LayerType) -> None:
+    """Checks that timm has an activation.
 
     Raises:
-        ValueError: timm has no such layer.
+        ValueError: It has not.
     """
     try:
         get_act_layer(act_layer)
     except KeyError:
         raise ValueError(
             f"unknown act_layer '{act_layer}': it must be a name that timm knows, such as 'relu' or 'silu'") from None
+
+
+def find_norm_act_layer(norm_layer: LayerType, act_layer: LayerType) -> Type[nn.Module]:
+    """timm's ``get_norm_act_layer``, with a message for what timm does not know.
+
+    Raises:
+        ValueError: timm has no such layer.
+    """
+    check_act_layer(act_layer)
     try:
         norm_act_layer = get_norm_act_layer(norm_layer, act_layer=act_layer)
     except (AssertionError, KeyError):
@@ -570,8 +580,8 @@ class Dense2Net(nn.Module):
         super().__init__()
         _check_positive(growth_rate=growth_rate, bn_size=bn_size, in_chans=in_chans, cardinality=cardinality)
         _check_rates(drop_rate=drop_rate, drop_path_rate=drop_path_rate)
-        if num_classes < 0:
-            raise ValueError(f'num_classes must be at least 0, got {num_classes}')
+        if not isinstance(num_classes, Integral) or num_classes < 0:
+            raise ValueError(f'num_classes must be an integer of at least 0, got {num_classes!r}')
         _check_block_config(block_config)
         norm_act_layer = find_norm_act_layer(norm_layer, act_layer)
         self.num_classes = num_classes

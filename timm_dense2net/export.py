@@ -244,7 +244,8 @@ def _build_parser() -> argparse.ArgumentParser:
         "run folder, safetensors file or checkpoint of timm's train.py"))
     parser.add_argument('--format', choices=FORMATS, default='onnx', help='(%(default)s)')
     parser.add_argument('--fuse', action='store_true', help='fold the norms into the convolutions first')
-    parser.add_argument('--output', type=output_file, required=True, metavar='FILE', help='file to write, .onnx or .pt2')
+    parser.add_argument('--output', type=output_file, required=True, metavar='FILE', help=(
+        'file to write, .onnx or .pt2'))
     return parser
 
 

@@ -56,7 +56,7 @@ _WEIGHT_KWARGS = frozenset(('pretrained_cfg', 'pretrained_cfg_overlay', 'cache_d
 # Arguments of a model in training that are set otherwise, and by what.
 _OWN_KWARGS = dict(
     num_classes='--num-classes', in_chans='the channels of the images', drop_rate='--drop',
-    drop_path_rate='--drop-path', pretrained='--pretrained')
+    drop_path_rate='--drop-path', pretrained='--pretrained', checkpoint_path='--initial-checkpoint')
 
 # What a resumed run may change: where things are, how the host works, how fast it goes, how long it lasts.
 _MAY_CHANGE = HOST_ARGS | {
@@ -437,6 +437,11 @@ def _saved_args_file(early: argparse.Namespace) -> Path | None:
 def saved_args(args: argparse.Namespace) -> dict[str, Any]:
     """The arguments that make a run what it is, as plain values for YAML and JSON."""
     return {key: value for key, value in sorted(vars(args).items()) if key not in _NOT_SAVED}
+
+
+def weight_kwargs(model_kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """What `--model-kwargs` says of where the weights are."""
+    return {key: value for key, value in model_kwargs.items() if key in _WEIGHT_KWARGS}
 
 
 def public_model_kwargs(model_kwargs: Mapping[str, Any]) -> dict[str, Any]:

@@ -33,7 +33,7 @@ from timm.models.resnet import Bottleneck, ResNet
 from timm.models.resnetv2 import ResNetV2
 
 from .cifar import CIFAR100_MEAN, CIFAR100_STD
-from .dense2net import find_norm_act_layer
+from .dense2net import check_act_layer, find_norm_act_layer
 
 __all__ = ['CifarResNet', 'CifarResNetV2', 'PyramidNet']
 
@@ -129,6 +129,7 @@ class CifarResNet(CifarFeatures, ResNet):
             device=None,
             dtype=None,
     ) -> None:
+        check_act_layer(act_layer)
         super().__init__(
             block,
             (*layers, 0),  # ResNet's code names four stages, an empty one passes its input on
@@ -201,6 +202,7 @@ class CifarResNetV2(CifarFeatures, ResNetV2):
             device=None,
             dtype=None,
     ) -> None:
+        find_norm_act_layer(norm_layer, act_layer)
         super().__init__(
             layers,
             channels,

@@ -57,7 +57,7 @@ def pretrained_overlay(path: str | Path, model: nn.Module, class_names: Sequence
         _logger.info(f'{path}: of more splits than the model, whose 3x3 convolutions start from theirs, side by side')
     weights = _attention(model) | merged
     _check_names(path, weights, metadata, model)
-    shape = weights_shape(model.pretrained_cfg, weights)
+    shape = weights_shape(model.pretrained_cfg, weights, metadata)
     num_classes = shape.get('num_classes', 0)
     if json.loads(metadata.get('class_names', 'null')) not in (None, list(class_names)):
         num_classes = 0  # timm makes a new head where the number is another
@@ -152,8 +152,11 @@ def freeze_stages(model: nn.Module, count: int) -> None:
         count: Number of stages.
 
     Raises:
-        ValueError: If the model has not so many stages.
+        ValueError: If the model has not so many stages, or timm does not group its layers.
     """
+    if not hasattr(model, 'group_matcher'):
+        raise ValueError(
+            f'--freeze-stages: timm does not group the layers of {type(model).__name__} in stages (group_matcher)')
     groups = group_parameters(model, model.group_matcher(coarse=True))
     # The first group is the stem, the last one the head.
     stages = len(groups) - 2

@@ -56,7 +56,7 @@ def load_trained(
         checkpoint: str | Path | None = None,
         model_kwargs: dict[str, Any] | None = None,
 ) -> TrainedModel:
-    """Loads a model by name with its pretrained weights, or or from a file of weights.
+    """Loads a model by name with its pretrained weights, or from a file of weights.
 
     Args:
         model: timm model name, `hf-hub:` or `local-dir:` name; with `checkpoint` only needed where the file does not
@@ -119,7 +119,7 @@ def load_checkpoint_model(
     if name is None:
         raise ValueError(f'{path} does not say which model it is of: name it with --model')
     try:
-        model = _create_for(name, weights, json.loads(metadata.get('model_args', '{}')) | (model_kwargs or {}))
+        model = _create_for(name, weights, metadata, model_kwargs or {})
         if METADATA_KEY in metadata:
             reapply_conversion(model, json.loads(metadata[METADATA_KEY]))
         model.load_state_dict(weights)
@@ -131,12 +131,17 @@ def load_checkpoint_model(
         _names(class_names, model.num_classes), metadata)
 
 
-def _create_for(name: str, weights: Mapping[str, torch.Tensor], model_args: dict[str, Any]) -> nn.Module:
+def _create_for(
+        name: str,
+        weights: Mapping[str, torch.Tensor],
+        metadata: Mapping[str, str],
+        model_kwargs: dict[str, Any],
+) -> nn.Module:
     """Creates a model with as many classes and input channels as the weights have."""
     check_model_name(name)
     config = timm.get_pretrained_cfg(name)
-    shape = weights_shape(config.to_dict(), weights) if config else {}
-    return timm.create_model(name, **model_args | shape)
+    shape = weights_shape(config.to_dict(), weights, metadata) if config else {}
+    return timm.create_model(name, **json.loads(metadata.get('model_args', '{}')) | model_kwargs | shape)
 
 
 def _check_classes(trained: TrainedModel, images: Images) -> None:
@@ -207,12 +212,17 @@ def weights_config(metadata: Mapping[str, str]) -> dict[str, Any]:
     return config | {key: metadata[key] for key in ('interpolation', 'crop_mode') if key in metadata}
 
 
-def weights_shape(cfg: Mapping[str, Any], weights: Mapping[str, torch.Tensor]) -> dict[str, int]:
-    """Number of classes and of input channels that weights are for, where they show it.
+def weights_shape(
+        cfg: Mapping[str, Any],
+        weights: Mapping[str, torch.Tensor],
+        metadata: Mapping[str, str],
+) -> dict[str, int]:
+    """Number of classes and of input channels that weights are for, where they or their metadata show it.
 
     Args:
         cfg: Pretrained configuration of their model.
         weights: State dict.
+        metadata: Of their file.
     """
     shape = {}
     for argument, layer, axis in (('num_classes', 'classifier', 0), ('in_chans', 'first_conv', 1)):
@@ -221,6 +231,9 @@ def weights_shape(cfg: Mapping[str, Any], weights: Mapping[str, torch.Tensor]) -
         for name in (names,) if isinstance(names, str) else names:
             if f'{name}.weight' in weights:
                 shape[argument] = weights[f'{name}.weight'].shape[axis]
+    if 'input_size' in metadata:
+        # The first layer of some models sees more channels than the images have: pixels side by side.
+        shape['in_chans'] = json.loads(metadata['input_size'])[0]
     return shape
 
 
