@@ -19,7 +19,7 @@ from timm.utils import reparameterize_model
 from tqdm import tqdm
 
 from memory import in_process, peak_mb_of
-from speed import DEVICE, seconds
+from speed import DEVICE, machine, seconds
 from timm_dense2net.counts import count_macs
 from timm_dense2net.dense2net import Dense2Net
 from timm_dense2net.figures import new_figure, save_figure
@@ -101,8 +101,7 @@ def superlinear(rows: List[Dict[str, Any]]) -> List[str]:
 
 def write_tables(model: str, rows: List[Dict[str, Any]], out: Path) -> str:
     lines = [
-        f'{model} unless scale or depth vary; {DEVICE.type}, {torch.get_num_threads()} threads, '
-        f'torch {torch.__version__}.', '',
+        f'{model} unless scale or depth vary; {machine()}.', '',
         '| step | axis | value | batch | size | GFLOP | ms | images/s | GFLOP/s | peak MiB |',
         '|---|---|--:|--:|--:|--:|--:|--:|--:|--:|']
     for r in rows:

@@ -26,7 +26,7 @@ from memory import in_process, peak_mb_of
 from reference import PlainDense2Net
 from timm_dense2net.cuda_graph import WARM_UP_CALLS
 from timm_dense2net.engine import TrainStep
-from timm_dense2net.environment import environment
+from timm_dense2net.environment import environment, source_commit
 from timm_dense2net.figures import new_figure, save_figure
 from timm_dense2net.files import write_csv, write_text
 
@@ -214,13 +214,15 @@ def measure(
 
 
 def machine() -> str:
+    """What figures are of: hardware, torch and the code's commit."""
     found = environment(DEVICE)
-    return found['hardware'] if DEVICE.type == 'cuda' else f'{found["threads"]} threads of {found["hardware"]}'
+    hardware = found['hardware'] if DEVICE.type == 'cuda' else f'{found["threads"]} threads of {found["hardware"]}'
+    return f'{hardware}, torch {torch.__version__}, commit {source_commit() or "unknown"}'
 
 
 def write_tables(rows: List[Dict[str, Any]], scale: int, rounds: int, rates: Tuple[float, float], out: Path) -> str:
     lines = [
-        f'dense2net121_s{scale} on {machine()}, torch {torch.__version__}, {rounds} interleaved rounds; a large '
+        f'dense2net121_s{scale} on {machine()}, {rounds} interleaved rounds; a large '
         f'float32 matrix product runs at {rates[0] / 1e9:.0f} GFLOP/s, a copy at {rates[1] / 1e9:.1f} GB/s.',
         '',
         '| step | batch | network | median ms | times the slides\' speed | images/s | share of ceiling | first call s '

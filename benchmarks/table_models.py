@@ -77,7 +77,7 @@ def measure(mode: str, names: List[str], batch: int, img_size: int, rounds: int)
 def markdown(rows: List[Dict[str, Any]], rounds: int) -> str:
     batch, size = rows[0]['batch'], rows[0]['img_size']
     lines = [
-        f'Batches of {batch} images, {size}x{size}, float32, 100 classes, on {machine()}, torch {torch.__version__}; '
+        f'Batches of {batch} images, {size}x{size}, float32, 100 classes, on {machine()}; '
         f'medians of {rounds} interleaved rounds.',
         '',
         '| model | parameters (M) | MACs (M) | step | ms | times the first model\'s | images/s | peak MiB |',
