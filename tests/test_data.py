@@ -155,6 +155,14 @@ def test_image_that_cannot_be_decoded_is_named(tmp_path, content):
     assert '\n' not in str(error.value)
 
 
+def test_image_of_a_torchvision_set_that_cannot_be_decoded_is_named(tmp_path):
+    root = write_folder(tmp_path, size=(64, 64))
+    victim = tmp_path / 'train' / 'dog' / '1.png'
+    victim.write_bytes(victim.read_bytes()[:2000])
+    with pytest.raises(ValueError, match='torch/image_folder train: image 4 cannot be decoded: .*truncated'):
+        load_arrays('torch/image_folder', 'train', data_dir=root)
+
+
 def test_image_of_too_many_pixels_is_named(tmp_path, monkeypatch):
     root = write_folder(tmp_path, size=(64, 64))
     monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', 1000)

@@ -19,6 +19,7 @@ from timm_dense2net.checkpoint import load_weights, save_state, save_weights
 from timm_dense2net.cifar import CIFAR100_STD
 from timm_dense2net.options import parse_args
 from timm_dense2net.packaged import packaged_file
+from timm_dense2net.results import read_run
 from timm_dense2net.start import freeze_stages, pretrained_overlay
 from timm_dense2net.trained import load_trained
 
@@ -321,6 +322,8 @@ def test_weights_of_a_folder_model_need_the_folder_no_more(tmp_path):
     argv = digits(tmp_path, 'run', '--model', f'local-dir:{tmp_path}/somebody', '--pretrained', '--lr', '0')
     assert finish(start(argv, tmp_path / 'log')) == 0, (tmp_path / 'log').read_text()
     assert 'somebody' not in json.dumps(load_weights(tmp_path / 'run' / 'last.safetensors')[1])
+    assert json.loads((tmp_path / 'run' / 'result.json').read_text())['model'] == MODEL
+    assert 'somebody' not in read_run(tmp_path / 'run').overrides
     trained = load_trained(checkpoint=tmp_path / 'run').model
     assert torch.equal(trained.classifier.weight, model.classifier.weight)
 

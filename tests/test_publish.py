@@ -304,6 +304,19 @@ def test_the_teacher_is_told_and_where_it_lay_is_not(run, option, value, told, m
     assert (option in yaml.safe_load((folder / 'recipe.yaml').read_text())) == (missing is None)
 
 
+@pytest.mark.parametrize('model, told, recipe', [
+    ('hf-hub:owner/other', 'the weights of `hf-hub:owner/other`', dict(model='hf-hub:owner/other', pretrained=True)),
+    ('local-dir:/somewhere', '`--pretrained-path` which weights it starts from', dict(model=MODEL, pretrained=False)),
+])
+def test_a_model_on_the_hub_or_in_a_folder_that_a_run_starts_from(run, model, told, recipe):
+    args = yaml.safe_load((run / 'args.yaml').read_text())
+    (run / 'args.yaml').write_text(yaml.safe_dump(args | dict(model=model, pretrained=True)))
+    folder = write_hub_folder(run, REPO, run / 'hub')
+    card = (folder / 'README.md').read_text()
+    assert told in card and 'somewhere' not in card
+    assert recipe.items() <= yaml.safe_load((folder / 'recipe.yaml').read_text()).items()
+
+
 def test_packaged_weights_that_a_run_starts_from_are_told(run):
     start = f'{MODEL}.small_c100'
     args = yaml.safe_load((run / 'args.yaml').read_text())

@@ -306,6 +306,14 @@ def test_schedule_goes_on_by_epochs_where_the_batch_is_another(tmp_path):
     assert rates[2:] == pytest.approx([0.025 * (1 + math.cos(0.75 * math.pi)), 0.], abs=1e-6)
 
 
+def test_a_run_that_goes_on_has_no_result_until_it_ends(tmp_path):
+    with closing(RunFolder(parse_args(['--recipe', 'nano', '--output', str(tmp_path)]))) as folder:
+        result = folder.path / 'result.json'
+        result.write_text('{}')
+        folder.add_epoch(0, dict(loss=2., top1=10.), dict(loss=2., top1=10.), 0.1)
+        assert not result.exists()
+
+
 def test_state_of_other_data_is_refused(tmp_path, capsys):
     path = interrupted(tmp_path)
     assert read_state(path.parent)['position']['batches_done']

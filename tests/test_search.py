@@ -14,6 +14,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
+from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 
 optuna = pytest.importorskip('optuna', reason='the search needs Optuna')
 pytest.importorskip('sklearn', reason='the trials train on its digits')
@@ -106,6 +108,16 @@ def suggested(**params):
     return SearchSpace().suggest(FixedTrial(dict(defaults, **params)))
 
 
+def epoch_rates(args):
+    optimizer = torch.optim.SGD([torch.zeros(1)], args.lr)
+    scheduler, _ = create_scheduler_v2(optimizer, **scheduler_kwargs(args))
+    rates = []
+    for epoch in range(args.epochs):
+        rates.append(optimizer.param_groups[0]['lr'])
+        scheduler.step(epoch + 1)
+    return rates
+
+
 def test_trial_arguments():
     base = base_args('--epochs', '9', '--model-kwargs', 'bn_size=2')
     args = trial_args(base, suggested(sched='step', decay_rate=0.2, cardinality=8))
@@ -115,7 +127,11 @@ def test_trial_arguments():
     assert args.sched == 'plateau' and args.warmup_epochs == 0 and not args.sched_on_updates
     values = dict(sched='multistep', decay_rate=0.1, growth_rate=32, scale=4, cardinality=1, opt='sgd', lr=0.1)
     args = trial_args(base, SearchSpace(scheds=('multistep',)).suggest(FixedTrial(values)))
-    assert (args.decay_milestones, args.decay_rate) == ([4, 6], 0.1)
+    assert (args.decay_milestones, args.decay_rate) == ([5, 7], 0.1)
+    # The rates of the epochs, as timm's schedules make them.
+    assert epoch_rates(args) == pytest.approx([0.1] * 4 + [0.01] * 2 + [0.001] * 3)
+    args = trial_args(base_args('--epochs', '8'), suggested(sched='step', decay_rate=0.1))
+    assert epoch_rates(args) == pytest.approx([0.1] * 3 + [0.01] * 3 + [0.001] * 2)
     args = trial_args(base, suggested(opt='adamw', lr_adaptive=0.002))
     assert (args.opt, args.lr) == ('adamw', 0.002)
     assert base.model_kwargs == dict(bn_size=2) and base.sched == 'cosine'

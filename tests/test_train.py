@@ -19,7 +19,7 @@ from training_runs import arguments, assert_same_run, finish, read_state, read_s
 
 from timm_dense2net import build, runs, trainer, training_form
 from timm_dense2net.augment import AugmentConfig, ProgressiveResize
-from timm_dense2net.checkpoint import load_weights, save_weights
+from timm_dense2net.checkpoint import dump_state, load_state, load_weights, save_weights
 from timm_dense2net.counts import count_macs
 from timm_dense2net.curves import read_summary
 from timm_dense2net.distributed import Processes
@@ -365,6 +365,28 @@ def test_precision_layout_and_accumulation(tmp_path, more, dtype):
     assert seen == {(dtype, True)}
     assert len(trainer.train_loader) == 22 and trainer.updates == 8
     assert (trainer.scaler is not None) == (dtype == torch.float16)
+
+
+@pytest.mark.parametrize('more', [
+    ['--sched', 'multistep', '--decay-milestones', '1'], ['--sched', 'tanh'],
+    ['--sched', 'cosine', '--warmup-epochs', '1'], ['--sched', 'cosine', '--sched-on-updates']])
+def test_a_state_of_before_the_first_step_has_the_first_rate(tmp_path, more):
+    before, after = (make_trainer(tmp_path, *more, '--epochs', '3') for _ in range(2))
+    after.load_state_dict(before.state_dict())
+    assert after.lr == before.lr
+
+
+@pytest.mark.parametrize('opt', ['sgd', 'lookahead_sgd'])
+def test_the_optimizer_keeps_its_layout_when_it_is_read_from_a_file(tmp_path, opt):
+    trainers = [make_trainer(tmp_path, *SMALL, '--channels-last', '--opt', opt) for _ in range(2)]
+    trainers[0].fit()
+    trainers[1].load_state_dict(load_state(dump_state(trainers[0].state_dict())))
+    conv = 'features.denseblock1.denselayer1.conv2.convs.0.weight'
+    strides = []
+    for trainer in trainers:
+        optimizer = getattr(trainer.optimizer, '_base_optimizer', trainer.optimizer)
+        strides.append(optimizer.state[trainer.model.get_parameter(conv)]['momentum_buffer'].stride())
+    assert strides[0] == strides[1] and not torch.empty(12, 12, 3, 3).stride() == strides[0]
 
 
 def test_torchcompile_compiles(tmp_path):

@@ -126,17 +126,18 @@ class ImageReader(Dataset):
         return array, int(self.labels[index])
 
     def _decode(self, index: int) -> Image.Image:
-        if not isinstance(self.source, ImageDataset):
-            return self.source[index][0].convert('RGB')
-        # Read past ImageDataset, which puts the next image in the place of one that cannot be decoded.
+        in_files = isinstance(self.source, ImageDataset)
         try:
+            if not in_files:
+                return self.source[index][0].convert('RGB')
+            # Read past ImageDataset, which puts the next image in the place of one that cannot be decoded.
             stream = self.source.reader[index][0]
             with stream, Image.open(stream) as image:
                 return image.convert('RGB')
         except Exception as error:  # of all kinds where a header is damaged, or an image too large
             reason = 'not an image' if isinstance(error, UnidentifiedImageError) else error
-            file = self.source.filename(index, absolute=True)
-            raise ValueError(f'{self.name}: image {index} ({file}) cannot be decoded: {reason}.') from error
+            file = f' ({self.source.filename(index, absolute=True)})' if in_files else ''
+            raise ValueError(f'{self.name}: image {index}{file} cannot be decoded: {reason}.') from error
 
     def decode(self) -> ImageArrays:
         """Decode all images into memory."""

@@ -135,6 +135,8 @@ class RunFolder:
 
     def add_epoch(self, epoch: int, train: dict[str, float], evaluation: dict[str, float], lr: float) -> None:
         """Adds an epoch's row, in place of what an earlier process wrote of it and later ones, and draws the curves."""
+        # Of a run that goes on for longer: its figures are no longer those of its weights.
+        (self.path / 'result.json').unlink(missing_ok=True)
         self._edit_summary(lambda path: trim_summary(path, epoch))
         self._edit_summary(
             lambda path: update_summary(epoch, train, evaluation, path, lr=lr, log_wandb=self._log_wandb))
@@ -176,7 +178,7 @@ def write_run_results(args: argparse.Namespace, data: RunData, trainer: Trainer)
     images = trainer.epoch * len(trainer.train_loader) * args.batch_size * world_size
     public = public_args(saved_args(args), args.model)
     result = dict(
-        model=get_arch_name(args.model) if is_model(args.model) else args.model,
+        model=get_arch_name(args.model) if is_model(args.model) else model.pretrained_cfg['architecture'],
         model_kwargs=public['model_kwargs'],
         res2net_scale=args.res2net_scale,
         recipe=args.recipe,

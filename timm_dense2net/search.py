@@ -362,12 +362,14 @@ def trial_args(base: argparse.Namespace, values: Mapping[str, Any]) -> argparse.
     for key, value in values.items():
         setattr(args, key, dict(base.model_kwargs, **value) if key == 'model_kwargs' else value)
     if args.sched == 'step':
-        args.decay_epochs = max(1, args.epochs // 3)
+        args.decay_epochs = args.epochs / 3
     elif args.sched == 'plateau':
         args.warmup_epochs, args.sched_on_updates = 0, False
     elif args.sched == 'multistep':
         # At half and three quarters, as in the DenseNet paper (https://arxiv.org/abs/1608.06993).
-        args.decay_milestones = [max(1, args.epochs // 2), max(1, 3 * args.epochs // 4)]
+        # By epochs timm's milestone is the number of the first epoch that has the lower rate, counted from 1.
+        first = 0 if args.sched_on_updates else 1
+        args.decay_milestones = [max(1, args.epochs // 2) + first, max(1, 3 * args.epochs // 4) + first]
     check_args(args)
     return args
 

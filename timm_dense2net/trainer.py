@@ -468,14 +468,18 @@ class Trainer:
         self.epochs_without_gain = state['early_stop']['epochs_without_gain']
         self.seconds = dict(state['seconds'])
         if self.scheduler is not None and parts['plateau'] is None:
-            # timm's schedules follow from the position alone; a longer one takes effect at once.
-            self.scheduler.step(self.epoch)
-            self.scheduler.step_update(self.scheduled_updates)
+            # timm's schedules follow from the position alone; a longer one takes effect at once. At its start a run has
+            # made no step of them.
+            if self.epoch:
+                self.scheduler.step(self.epoch)
+            if self.scheduled_updates:
+                self.scheduler.step_update(self.scheduled_updates)
         self._load_process_state(state['processes'])
 
     def _restore_memory_format(self) -> None:
         """Lays the optimizer's tensors out like their parameters again; files hold them contiguous."""
-        for parameter, values in self.optimizer.state.items():
+        optimizer = getattr(self.optimizer, '_base_optimizer', self.optimizer)  # of timm's Lookahead
+        for parameter, values in optimizer.state.items():
             for key, value in values.items():
                 if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
                     values[key] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
