@@ -110,10 +110,12 @@ def suggested(**params):
 
 def epoch_rates(args):
     optimizer = torch.optim.SGD([torch.zeros(1)], args.lr)
-    scheduler, _ = create_scheduler_v2(optimizer, **scheduler_kwargs(args))
+    scheduler, _ = create_scheduler_v2(optimizer, **scheduler_kwargs(args), updates_per_epoch=10)
     rates = []
     for epoch in range(args.epochs):
         rates.append(optimizer.param_groups[0]['lr'])
+        for update in range(10):
+            scheduler.step_update(10 * epoch + update + 1)
         scheduler.step(epoch + 1)
     return rates
 
@@ -126,12 +128,14 @@ def test_trial_arguments():
     args = trial_args(base, suggested(sched='plateau', decay_rate=0.5))
     assert args.sched == 'plateau' and args.warmup_epochs == 0 and not args.sched_on_updates
     values = dict(sched='multistep', decay_rate=0.1, growth_rate=32, scale=4, cardinality=1, opt='sgd', lr=0.1)
-    args = trial_args(base, SearchSpace(scheds=('multistep',)).suggest(FixedTrial(values)))
-    assert (args.decay_milestones, args.decay_rate) == ([5, 7], 0.1)
-    # The rates of the epochs, as timm's schedules make them.
-    assert epoch_rates(args) == pytest.approx([0.1] * 4 + [0.01] * 2 + [0.001] * 3)
-    args = trial_args(base_args('--epochs', '8'), suggested(sched='step', decay_rate=0.1))
-    assert epoch_rates(args) == pytest.approx([0.1] * 3 + [0.01] * 3 + [0.001] * 2)
+    for more in (['--sched-on-updates'], ['--no-sched-on-updates']):
+        other = base_args('--epochs', '9', '--warmup-epochs', '0', *more)
+        args = trial_args(other, SearchSpace(scheds=('multistep',)).suggest(FixedTrial(values)))
+        # The rates of the epochs, as timm's schedules make them.
+        assert epoch_rates(args) == pytest.approx([0.1] * 4 + [0.01] * 2 + [0.001] * 3)
+        other = base_args('--epochs', '8', '--warmup-epochs', '0', *more)
+        args = trial_args(other, suggested(sched='step', decay_rate=0.1))
+        assert epoch_rates(args) == pytest.approx([0.1] * 3 + [0.01] * 3 + [0.001] * 2)
     args = trial_args(base, suggested(opt='adamw', lr_adaptive=0.002))
     assert (args.opt, args.lr) == ('adamw', 0.002)
     assert base.model_kwargs == dict(bn_size=2) and base.sched == 'cosine'
