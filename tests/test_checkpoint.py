@@ -16,6 +16,7 @@ from timm.utils import CheckpointSaver, ModelEmaV3
 from timm_dense2net.checkpoint import (
     CHECKPOINT_FILE, PREVIOUS_FILE, CorruptCheckpointError, dump_state, load_metadata, load_state, load_weights,
     read_state_bytes, save_state, save_weights)
+from timm_dense2net.cifar import CIFAR100_STD
 from timm_dense2net.rng import rng_state, set_rng_state
 from timm_dense2net.trained import load_trained
 
@@ -88,7 +89,9 @@ def test_a_checkpoint_of_timms_train_is_weights(tmp_path, ema):
     model, averaged = (timm.create_model('dense2net40_k12_s4', num_classes=10, **model_args) for _ in range(2))
     saver = CheckpointSaver(
         model, torch.optim.SGD(model.parameters(), lr=0.1),
-        argparse.Namespace(model='dense2net40_k12_s4', model_kwargs=dict(act_layer='silu'), gp='max'),
+        argparse.Namespace(
+            model='dense2net40_k12_s4', model_kwargs=dict(act_layer='silu'), gp='max', img_size=48, input_size=None,
+            mean=[0.1, 0.2, 0.3], std=None, crop_pct=0.9, interpolation=''),
         ModelEmaV3(averaged) if ema else None, checkpoint_dir=str(tmp_path), recovery_dir=str(tmp_path))
     saver.save_checkpoint(0)
     path = tmp_path / 'last.pth.tar'
@@ -101,7 +104,11 @@ def test_a_checkpoint_of_timms_train_is_weights(tmp_path, ema):
     x = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
         logits = (averaged if ema else model).eval()(x)
-        assert torch.equal(load_trained(checkpoint=path).model(x), logits)
+        trained = load_trained(checkpoint=path)
+        assert torch.equal(trained.model(x), logits)
+    config = trained.data_config
+    assert (config['input_size'], config['mean'], config['crop_pct']) == ((3, 48, 48), (0.1, 0.2, 0.3), 0.9)
+    assert config['std'] == CIFAR100_STD and config['interpolation'] == 'bicubic'
 
 
 @pytest.mark.parametrize('saved', [{}, {'arch': 'dense2net'}])  # as timm's CheckpointSaver calls it without arguments

@@ -148,8 +148,8 @@ def load_weights(path: str | os.PathLike[str]) -> tuple[dict[str, torch.Tensor],
     """Reads weights from a safetensors file, or from a checkpoint of timm's train.py (its EMA where it has one).
 
     Returns:
-        State dict on the CPU, and the file's metadata; of timm's checkpoint that is its model's name
-        and arguments.
+        State dict on the CPU, and the file's metadata; of timm's checkpoint what train.py was told of model and images,
+        by the same names.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -175,7 +175,7 @@ def load_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
 def _open_weights(path: str | os.PathLike[str]) -> Iterator[Any]:
     try:
         with safetensors.safe_open(path, 'pt') as f:
-            if 'state' in (f.metadata() or {}):
+            if {'state', 'sha256'} <= (f.metadata() or {}).keys():
                 raise ValueError(
                     f'{path} is a training state, for --resume; last.safetensors and best.safetensors beside it hold'
                     ' weights')
@@ -201,11 +201,15 @@ def _torch_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
     with torch.serialization.safe_globals([argparse.Namespace]):
         checkpoint = torch.load(path, map_location='cpu', weights_only=True, mmap=True)
     checkpoint = checkpoint if isinstance(checkpoint, Mapping) else {}
-    name, args = checkpoint.get('arch'), checkpoint.get('args')
+    name, args = checkpoint.get('arch'), vars(checkpoint.get('args') or argparse.Namespace())
     if not isinstance(name, str) or not timm.is_model(name):  # without arguments it is the name of the model's class
         return {}
-    pooling = {'global_pool': args.gp} if getattr(args, 'gp', None) else {}
-    return dict(model=name, model_args=json.dumps(pooling | (getattr(args, 'model_kwargs', None) or {})))
+    pooling = {'global_pool': args['gp']} if args.get('gp') else {}
+    metadata = dict(model=name, model_args=json.dumps(pooling | (args.get('model_kwargs') or {})))
+    if args.get('img_size') and not args.get('input_size'):
+        args['input_size'] = args.get('in_chans') or 3, args['img_size'], args['img_size']
+    metadata |= {key: json.dumps(args[key]) for key in ('input_size', 'mean', 'std', 'crop_pct') if args.get(key)}
+    return metadata | {key: args[key] for key in ('interpolation', 'crop_mode') if args.get(key)}
 
 
 @contextmanager
