@@ -133,7 +133,7 @@ def test_grey_and_palette_images_become_rgb(tmp_path):
 def test_missing_folders_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match='nowhere: not a folder'):
         load_arrays(str(tmp_path / 'nowhere'), 'train')
-    with pytest.raises(FileNotFoundError, match='not a folder'):
+    with pytest.raises(ValueError, match='an image folder is named by --data-dir'):
         load_arrays('', 'train')
     root = write_folder(tmp_path, splits=('train',))
     with pytest.raises(FileNotFoundError, match='no folder for the test split, one of test, validation, val'):
