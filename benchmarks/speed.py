@@ -31,6 +31,7 @@ from timm_dense2net.figures import new_figure, save_figure
 from timm_dense2net.files import write_csv, write_text
 
 DEVICE = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
+COMMIT = source_commit() or 'unknown'  # before figures are written into the checkout
 CONTENDERS = {
     'deck': "the slides' plain code",
     'deck-bf16': "the slides' plain code, bfloat16 autocast, channels_last",
@@ -217,7 +218,7 @@ def machine() -> str:
     """What figures are of: hardware, torch and the code's commit."""
     found = environment(DEVICE)
     hardware = found['hardware'] if DEVICE.type == 'cuda' else f'{found["threads"]} threads of {found["hardware"]}'
-    return f'{hardware}, torch {torch.__version__}, commit {source_commit() or "unknown"}'
+    return f'{hardware}, torch {torch.__version__}, commit {COMMIT}'
 
 
 def write_tables(rows: List[Dict[str, Any]], scale: int, rounds: int, rates: Tuple[float, float], out: Path) -> str:
