@@ -15,11 +15,10 @@ import timm
 import torch
 from timm.models import list_models
 
-from .checkpoint import load_weights, save_weights
+from .checkpoint import save_weights
 from .dense2net import Dense2Net
 from .files import output_file
-from .packaged import check_packaged
-from .start import start_file
+from .start import load_start
 
 __all__ = ['load_all_but_stem', 'main']
 
@@ -66,9 +65,7 @@ def _enlarge(path: str, name: str, output: Path, num_classes: int | None) -> str
     if name not in list_models('dense2net*d_*', module='dense2net'):
         known = ', '.join(list_models('dense2net*d_*', module='dense2net'))
         raise ValueError(f"--model {name} has no stem for larger images: it must be one of {known}")
-    file = start_file(path)
-    check_packaged(str(file))
-    weights, metadata = load_weights(file)
+    weights, metadata = load_start(path)
     if num_classes is None:
         num_classes = len(weights['classifier.bias']) if 'classifier.bias' in weights else 0
     model_args = metadata.get('model_args', '{}')

@@ -17,7 +17,7 @@ from .dense2net import Dense2Net, SplitHierarchyConv2d
 from .packaged import check_packaged, is_packaged, packaged_file
 from .trained import weights_config, weights_file, weights_shape
 
-__all__ = ['start_file', 'pretrained_overlay', 'freeze_stages']
+__all__ = ['start_file', 'load_start', 'pretrained_overlay', 'freeze_stages']
 
 _logger = logging.getLogger(__name__)
 
@@ -25,6 +25,19 @@ _logger = logging.getLogger(__name__)
 def start_file(name: str | Path) -> Path:
     """The file of weights that a run starts from: packaged weights by name, a run folder's last ones, or a file."""
     return Path(packaged_file(str(name))) if is_packaged(name) else weights_file(name)
+
+
+def load_start(name: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """State dict and metadata of the weights that a run starts from, of packaged ones after their SHA-256 was checked.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it holds no weights.
+        RuntimeError: If packaged weights are damaged.
+    """
+    file = start_file(name)
+    check_packaged(str(file))
+    return load_weights(file)
 
 
 def pretrained_overlay(path: str | Path, model: nn.Module, class_names: Sequence[str]) -> dict[str, Any]:
@@ -49,9 +62,7 @@ def pretrained_overlay(path: str | Path, model: nn.Module, class_names: Sequence
             of attention, or has more.
         RuntimeError: If packaged weights are damaged.
     """
-    file = start_file(path)
-    check_packaged(str(file))
-    weights, metadata = load_weights(file)
+    weights, metadata = load_start(path)
     merged = _merged_splits(model, weights)
     if merged.keys() != weights.keys():
         _logger.info(f'{path}: of more splits than the model, whose 3x3 convolutions start from theirs, side by side')
