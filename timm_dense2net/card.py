@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
-from timm.models import get_pretrained_cfg, is_model_in_modules, parse_model_name
+from timm.models import get_pretrained_cfg, is_model_in_modules
 
 from .options import is_place
 from .results import RunResult
@@ -200,10 +200,9 @@ def _start(args: Mapping[str, Any]) -> tuple[str, str]:
             return 'weights of another run', f', `--{name.replace("_", "-")}` which weights it starts from'
     if not args.get('pretrained'):
         return 'random weights', ''
-    source = parse_model_name(args['model'])[0]
-    if source == 'local-dir':
+    if is_place('model', args['model']):
         return 'weights of another run', ', `--pretrained-path` which weights it starts from'
-    return f'the weights of `{args["model"]}`' if source == 'hf-hub' else 'pretrained weights', ''
+    return f'the weights of `{args["model"]}`' if args['model'].startswith('hf-hub:') else 'pretrained weights', ''
 
 
 def _teacher(args: Mapping[str, Any]) -> tuple[str, str]:

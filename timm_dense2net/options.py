@@ -451,7 +451,7 @@ def public_model_kwargs(model_kwargs: Mapping[str, Any]) -> dict[str, Any]:
 
 def is_place(name: str, value: Any) -> bool:
     """Whether an argument's value is a path of the machine: packaged weights have a name."""
-    if name == 'kd_model_name':
+    if name in ('model', 'kd_model_name'):
         return str(value).startswith('local-dir:')
     return name in _PLACES and not (name == 'pretrained_path' and is_packaged(value))
 

@@ -17,12 +17,12 @@ from pathlib import Path
 import yaml
 from huggingface_hub import HfApi, get_token
 from huggingface_hub.utils import HFValidationError, validate_repo_id
-from timm.models import parse_model_name, save_for_hf
+from timm.models import save_for_hf
 
 from .card import first_model, hub_dataset, model_card
 from .files import sha256_of
 from .hub import DIGEST_KEY, HUB_ERRORS, WEIGHTS_FILE, explain_hub_error
-from .options import ARGS_FILE, HOST_ARGS, public_args
+from .options import ARGS_FILE, HOST_ARGS, is_place, public_args
 from .results import RunResult, read_run
 from .trained import TrainedModel, load_checkpoint_model, tested_weights
 
@@ -98,11 +98,10 @@ def _fill(folder: Path, run: Path, repo_id: str, result: RunResult, trained: Tra
     recipe = {name: value for name, value in public.items() if name not in _OWN_ARGS}
     # As training found it: where the run is published, a folder of that name may be missing.
     recipe['dataset'] = hub_dataset(trained.metadata.get('dataset', public['dataset']))
-    source = parse_model_name(args['model'])[0]
-    if source == 'hf-hub':
-        recipe['model'] = args['model']
-    elif source == 'local-dir':
+    if is_place('model', args['model']):
         recipe['pretrained'] = False  # the architecture's name stands for other weights, or none
+    elif args['model'].startswith('hf-hub:'):
+        recipe['model'] = args['model']
     (folder / 'recipe.yaml').write_text(yaml.safe_dump(recipe), encoding='utf-8')
     processes = json.loads((run / 'result.json').read_text(encoding='utf-8')).get('world_size') or 1
     files = {path.name for path in folder.iterdir()}

@@ -164,8 +164,8 @@ def _overrides(recipe: str, args: Mapping[str, Any], world_size: int) -> str:
     words = [
         name if is_place(name, args[name]) else f'{name}={args[name]}'.replace(' ', '') for name in sorted(args)
         if name in expected and name not in _NOT_OVERRIDES and args[name] != expected[name]]
-    from_folder = args.get('model', '').startswith('local-dir:')
-    if args.get('pretrained') and not from_folder and _tag(args['model']) != _tag(expected['model']):
+    from_name = args.get('pretrained') and not is_place('model', args['model'])
+    if from_name and _tag(args['model']) != _tag(expected['model']):
         words.append(f'model={args["model"]}')
     batch = args.get('batch_size', 0) * args.get('grad_accum_steps', 1) * world_size
     if batch != expected['batch_size'] * expected['grad_accum_steps']:
