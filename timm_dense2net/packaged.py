@@ -13,7 +13,7 @@ __all__ = [
     'read_sums']
 
 # Used where no weights are named: those of the highest top-1.
-BEST_PACKAGED = 'dense2net121_s4_se.short_s4_se_c100'
+BEST_PACKAGED = 'dense2net121_s8.sprint_c100'
 
 WEIGHTS_DIR = Path(__file__).parent / 'weights'
 SUMS_FILE = WEIGHTS_DIR / 'SHA256SUMS'
