@@ -42,13 +42,11 @@ CONTENDERS = {
     'fused-bf16': 'this package, reparameterize_model, bfloat16 autocast, channels_last',
     'compiled': 'this package, torch.compile',
     'graph-bf16': 'this package, bfloat16 autocast, channels_last, captured in a CUDA graph',
-    'layers-bf16': 'the same, what follows the bottlenecks compiled (compile_layers)',
     'densenet121': "timm's densenet121, 3x3 stride-1 stem",
     'res2net50': "timm's res2net50_26w_4s at equal input",
 }
 FORWARD_ONLY = ('fused', 'fused-bf16')
-GRAPHS = ('graph-bf16', 'layers-bf16')
-TRAIN_ONLY = ('ours-ckpt', *GRAPHS)
+TRAIN_ONLY = ('ours-ckpt', 'graph-bf16')
 # Few CPUs compute in bfloat16, and compiling these nets takes many minutes.
 DEFAULTS = [
     name for name in CONTENDERS if name != 'compiled' and (DEVICE.type == 'cuda' or not name.endswith('bf16'))]
@@ -93,9 +91,7 @@ def step_of(name: str, mode: str, batch: int, scale: int) -> Tuple[nn.Module, Ca
     if mode == 'forward':
         return model, forward
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=1e-4)
-    if name in GRAPHS:
-        if name == 'layers-bf16':
-            model.compile_layers()
+    if name == 'graph-bf16':
         captured = TrainStep(
             model, nn.CrossEntropyLoss(), optimizer, lambda: torch.autocast(DEVICE.type, torch.bfloat16),
             cuda_graph=True)
@@ -134,7 +130,7 @@ def probe(name: str, mode: str, batch: int, scale: int) -> Dict[str, float]:
     times = []
 
     def first_calls() -> None:
-        times.extend(seconds(step) for _ in range(WARM_UP_CALLS + 1 if name in GRAPHS else 1))
+        times.extend(seconds(step) for _ in range(WARM_UP_CALLS + 1 if name == 'graph-bf16' else 1))
 
     peak_mb = peak_mb_of(first_calls)
     return dict(first_call_s=sum(times), peak_mb=peak_mb)

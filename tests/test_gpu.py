@@ -18,9 +18,9 @@ DEVICE = 'cuda'
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
 
 
-def create(**kwargs):
+def create(scale=4, **kwargs):
     torch.manual_seed(0)
-    return Dense2Net(8, (2, 3, 2), num_classes=5, scale=4, dtype=torch.float64, **kwargs)
+    return Dense2Net(8, (2, 3, 2), num_classes=5, scale=scale, dtype=torch.float64, **kwargs)
 
 
 def train(cuda_graph, compiles=False):
@@ -41,13 +41,14 @@ def images(*shape):
     return torch.randn(shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 
 
-@pytest.mark.parametrize('checkpointing', [False, True])
-@pytest.mark.parametrize('channels_last', [False, True])
-def test_training_form(channels_last, checkpointing, monkeypatch):
+@pytest.mark.parametrize('checkpointing, channels_last, scale, size', [
+    (False, False, 4, (32, 36)), (False, True, 4, (32, 36)), (True, False, 4, (32, 36)), (True, True, 4, (32, 36)),
+    (False, True, None, (33, 37)), (False, True, 1, (33, 37)), (False, True, 8, (33, 37))])
+def test_training_form(checkpointing, channels_last, scale, size, monkeypatch):
     monkeypatch.setattr(training_form, 'MANY_PIXELS', 1)
-    here, there = create(attn_layer='se').train(), create(attn_layer='se').train().to(DEVICE)
-    there.set_grad_checkpointing(checkpointing)
-    x = images(4, 3, 32, 36)
+    here, there = (create(attn_layer='se', scale=scale).train() for _ in range(2))
+    there.to(DEVICE).set_grad_checkpointing(checkpointing)
+    x = images(4, 3, *size)
     copied = x.to(DEVICE)
     if channels_last:
         there, copied = (it.to(memory_format=torch.channels_last) for it in (there, copied))
@@ -57,6 +58,27 @@ def test_training_form(channels_last, checkpointing, monkeypatch):
     for (name, p), q in zip(here.named_parameters(), there.parameters()):
         torch.testing.assert_close(q.grad.cpu(), p.grad, rtol=1e-8, atol=1e-8 * p.grad.abs().max().item(), msg=name)
     torch.testing.assert_close([b.cpu() for b in there.buffers()], list(here.buffers()))
+
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+def test_training_form_under_autocast(dtype, monkeypatch):
+    """As far from float32 as the plain form is."""
+    monkeypatch.setattr(training_form, 'MANY_PIXELS', 1)
+    net = create(scale=8).train().float().to(DEVICE, memory_format=torch.channels_last)
+    x, y = images(8, 3, 32, 32).float().to(DEVICE), torch.arange(8, device=DEVICE) % 5
+    gradients = []
+    for plain, autocasts in ((True, False), (True, True), (False, True)):
+        copied = copy.deepcopy(net)
+        monkeypatch.setattr(training_form, '_enabled', not plain)
+        with torch.autocast(DEVICE, dtype, autocasts):
+            assert training_form.block_has_training_form(
+                copied.features.denseblock1, copied.features.conv0(x)) is not plain
+            logits = copied(x)
+        torch.nn.functional.cross_entropy(logits.float(), y).backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in copied.parameters()]))
+    exact, plain, kernels = gradients
+    assert kernels.dtype == torch.float32
+    assert 0. < torch.dist(kernels, exact) < 1.5 * torch.dist(plain, exact)
 
 
 def test_inference_form():

@@ -674,6 +674,7 @@ class Dense2Net(nn.Module):
         """In training mode, compile what follows the bottleneck of the dense layers, once for each size of maps.
 
         The layers of a block share it, so that it takes a fraction of the time of ``torch.compile`` of the whole net.
+        Layers that train in the training form leave it alone, but for those without hierarchy on a GPU.
         """
         # Of blocks and sizes of maps; by default the ninth of a function would not be compiled.
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)

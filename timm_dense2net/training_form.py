@@ -10,8 +10,7 @@ keeps or passes over once more for every layer that reads a feature is done once
   gradient checkpointing not even these. Concatenations, norms and activations are computed again in backward, as in
   `Memory-Efficient Implementation of DenseNets` - https://arxiv.org/abs/1707.06990
 * Norm, activation and 1x1 convolution run on so few pixels at a time, that what is between them stays in the caches.
-* On a GPU what follows the bottleneck is left to autograd, with what that keeps (`training_form_gpu.py`): there it is
-  the number of kernels that counts.
+* On a GPU more is kept: there it is the number of kernels that counts (`training_form_gpu.py`).
 * On a CPU the memory of large tensors is kept from one step for the next (`memory_pool.py`).
 * Average pooling after a 1x1 convolution is that convolution after the pooling, on a quarter of the pixels.
 * What is done to each channel of a split of few channels is done to several pixels as one row: vector instructions want
@@ -44,7 +43,7 @@ from .hooks import has_hooks, is_transformed
 from .memory_pool import MemoryPool, pool_of
 
 __all__ = [
-    'Buffers', 'Norm', 'as_maps', 'as_pixels', 'block_has_training_form', 'block_in_training', 'check_first_order',
+    'Buffers', 'as_maps', 'as_pixels', 'block_has_training_form', 'block_in_training', 'check_first_order',
     'has_training_form', 'let_go', 'plain_form', 'set_training_form', 'transition_in_training', 'update_running_stats']
 
 _logger = logging.getLogger(__name__)
@@ -115,8 +114,8 @@ def runs_on_kernels(x: torch.Tensor) -> bool:
 def _has_triton() -> bool:
     # It comes with torch, but not on every system, and needs a compiler of C besides.
     try:
-        from .norm_kernels import norm_relu
-        norm_relu(*(torch.ones(size, device='cuda') for size in ((1, 1), 1, 1, 1, 1)), 1e-5)
+        from .norm_kernels import try_kernels
+        try_kernels(torch.device('cuda'))
     except Exception as e:  # of many kinds, all of which mean the same
         _logger.warning(f'Training without the kernels of norm_kernels.py: {one_line(e)}')
         return False
@@ -129,7 +128,7 @@ def block_has_training_form(block: nn.ModuleDict, x: torch.Tensor) -> bool:
     if not has_training_form(block, x) or x.numel() < MANY_PIXELS * x.shape[1]:
         return False
     if runs_on_kernels(x) and any(layer.grad_checkpointing for layer in block.values()):
-        return False  # autograd would keep all that follows the bottlenecks
+        return False  # much of what follows the bottlenecks would be kept
     # Of other channels the layers complain, as buffers for all of them would not.
     return x.shape[1] == next(iter(block.values())).conv1.in_channels
 
@@ -684,6 +683,14 @@ class _NewFeatures(Function):
         return None, None, dfeatures, dstats, *gradients
 
 
+def _new_features(
+        buffers: Buffers, layer: nn.Module, features: torch.Tensor, stats: torch.Tensor,
+) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """New features of a layer before its attention, and what stands for the buffers after it."""
+    with torch.autocast(features.device.type, enabled=False):
+        return _NewFeatures.apply(buffers, layer, features, stats, *_layer_parameters(layer))
+
+
 class _Statistics(Function):
     """Pixels (N * H * W, C) of maps (N, C, H, W), and their mean and variance (2, C)."""
 
@@ -766,20 +773,14 @@ def block_in_training(
     """
     layers = list(block.values())
     buffers = Buffers(x, layers[-1].conv1.in_channels + layers[-1].growth_rate, pool_of(block, x))
-    features, stats = _AddFeatures.apply(buffers, 0, x, buffers.features.detach(), buffers.stats.detach())
+    add_features, new_features = _AddFeatures, _new_features
+    if runs_on_kernels(x):
+        from .training_form_gpu import AddFeatures as add_features, new_features  # not to be imported without triton
+    features, stats = add_features.apply(buffers, 0, x, buffers.features.detach(), buffers.stats.detach())
     for layer in layers:
-        if runs_on_kernels(x):
-            from .training_form_gpu import Bottleneck  # which cannot be imported without triton
-            norm, conv = layer.norm1, layer.conv1
-            with torch.autocast(x.device.type, enabled=False):
-                maps, features, stats = Bottleneck.apply(
-                    buffers, norm, features, stats, norm.weight, norm.bias, conv.weight)
-            new = layer.after_bottleneck(maps)
-        else:
-            with torch.autocast(x.device.type, enabled=False):
-                new, features, stats = _NewFeatures.apply(buffers, layer, features, stats, *_layer_parameters(layer))
+        new, features, stats = new_features(buffers, layer, features, stats)
         new = layer.drop_path(layer.attn(new))
-        features, stats = _AddFeatures.apply(buffers, layer.conv1.in_channels, new, features, stats)
+        features, stats = add_features.apply(buffers, layer.conv1.in_channels, new, features, stats)
     buffers.release()
     if transition is None:
         return _Output.apply(buffers, features, stats)
