@@ -832,12 +832,12 @@ def _cfg_224(**kwargs) -> Dict[str, Any]:
 # Above the entrypoints: register_model reads it as each of them is defined.
 default_cfgs = generate_default_cfgs({
     'densenet121_cifar.untrained': _cfg(paper_ids='arXiv:1608.06993', origin_url='https://arxiv.org/abs/1608.06993'),
-    'dense2net121_s2.short_s2_c100': _cfg(file=packaged_file('dense2net121_s2.short_s2_c100')),
+    'dense2net121_s2.sprint_s2_c100': _cfg(file=packaged_file('dense2net121_s2.sprint_s2_c100')),
     'dense2net121_s4.short_s4_c100': _cfg(file=packaged_file('dense2net121_s4.short_s4_c100')),
     'dense2net121_s8.sprint_c100': _cfg(file=packaged_file('dense2net121_s8.sprint_c100')),
     'dense2net121_s8.short_ft7_c100': _cfg(file=packaged_file('dense2net121_s8.short_ft7_c100')),
-    'dense2net121_s8.short_ft6_c100': _cfg(file=packaged_file('dense2net121_s8.short_ft6_c100')),
     'dense2net121_s4_c32.untrained': _cfg(),
+    'dense2net121_s4_se.sprint_s4_se_c100': _cfg(file=packaged_file('dense2net121_s4_se.sprint_s4_se_c100')),
     'dense2net121_s4_se.short_s4_se_c100': _cfg(file=packaged_file('dense2net121_s4_se.short_s4_se_c100')),
     'dense2net121_s8_se.short_s8_se_c100': _cfg(file=packaged_file('dense2net121_s8_se.short_s8_se_c100')),
     'densenet40_k12_cifar.small_c100': _cfg(
