@@ -88,7 +88,7 @@ def test_drawings_are_recognised(name):
     assert next(iter(labels)) == name and len(labels) == 5
     assert list(labels.values()) == sorted(labels.values(), reverse=True)
     assert [caption.split(',')[0] for _, caption in by_scale] == [
-        'split 1: 1x1 pixels', 'split 2: 3x3 pixels', 'split 3: 5x5 pixels', 'split 4: 7x7 pixels']
+        f'split {i}: {2 * i - 1}x{2 * i - 1} pixels' for i in range(1, 9)]
     assert len(by_block) == 4
 
 
