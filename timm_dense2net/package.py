@@ -16,6 +16,7 @@ from .checkpoint import load_weights, save_weights
 from .cifar import CIFAR100_CLASSES
 from .convert import METADATA_KEY
 from .files import sha256_of, write_text
+from .options import is_place
 from .trained import tested_weights
 
 __all__ = ['package_run', 'main']
@@ -53,6 +54,9 @@ def package_run(run: Path, recipe: str) -> Path:
         raise ValueError(f'{run}: {overflown[0]} does not fit half precision')
     path = Path(packaged.packaged_file(f'{metadata["model"].split(".")[0]}.{recipe}_c100'))
     packaged.WEIGHTS_DIR.mkdir(exist_ok=True)
+    if 'args' in metadata:  # weights that a run started from may have left the package since
+        args = {key: value for key, value in json.loads(metadata['args']).items() if not is_place(key, value)}
+        metadata = dict(metadata, args=json.dumps(args))
     save_weights(path, half, metadata)
     sums = packaged.read_sums() | {path.name: sha256_of(path)}
     write_text(packaged.SUMS_FILE, ''.join(f'{digest}  {name}\n' for name, digest in sorted(sums.items())))
