@@ -1,10 +1,9 @@
 """The GPU's training form through Triton's interpreter. `test_norm_kernels.py` runs this in a process of its own."""
 import copy
-from contextlib import nullcontext
 
 import pytest
 import torch
-
+from form_gradients import gradients_of_forms
 from timm.layers import BatchNormAct2d
 
 from timm_dense2net import norm_kernels, training_form
@@ -204,17 +203,8 @@ def test_net_in_bfloat16(on_kernels):
     """Under autocast, as far from float32 as the plain form is."""
     torch.manual_seed(0)
     net = Dense2Net(8, (2, 1), num_classes=5, scale=4).train()
-    x, y = normal(4, 3, 32, 32).float(), torch.arange(4)
-    gradients = []
-    for plain, autocasts in ((True, False), (True, True), (False, True)):
-        copied = copy.deepcopy(net)
-        with training_form.plain_form() if plain else nullcontext(), torch.autocast('cpu', torch.bfloat16, autocasts):
-            assert training_form.block_has_training_form(
-                copied.features.denseblock1, copied.features.conv0(x)) is not plain
-            logits = copied(x)
-        torch.nn.functional.cross_entropy(logits.float(), y).backward()
-        gradients.append(torch.cat([p.grad.flatten() for p in copied.parameters()]))
-    exact, plain, kernels = gradients
+    x = normal(4, 3, 32, 32).float()
+    exact, plain, kernels = gradients_of_forms(net, x, torch.bfloat16)
     assert kernels.dtype == torch.float32
     assert 0. < torch.dist(kernels, exact) < 1.5 * torch.dist(plain, exact) < 0.2 * exact.norm()
 

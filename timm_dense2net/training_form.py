@@ -43,7 +43,7 @@ from .hooks import has_hooks, is_transformed
 from .memory_pool import MemoryPool, pool_of
 
 __all__ = [
-    'Buffers', 'as_maps', 'as_pixels', 'block_has_training_form', 'block_in_training', 'check_first_order',
+    'Buffers', 'as_maps', 'as_pixels', 'block_has_training_form', 'block_in_training', 'check_first_order', 'conv_args',
     'has_training_form', 'let_go', 'plain_form', 'set_training_form', 'transition_in_training', 'update_running_stats']
 
 _logger = logging.getLogger(__name__)
@@ -210,6 +210,11 @@ class Norm(NamedTuple):
         return torch.stack([-self.scale * dbias, -0.5 * self.scale * self.invstd * dweight])
 
 
+def conv_args(conv: nn.Conv2d) -> Tuple[Any, ...]:
+    """What a convolution and its gradient take after weight and bias."""
+    return conv.stride, conv.padding, conv.dilation, False, [0, 0], conv.groups
+
+
 def check_first_order(gradient: torch.Tensor) -> None:
     """Refuses second derivatives and batched gradients, of which the training form knows nothing.
 
@@ -317,6 +322,10 @@ def _stats_terms(mean: torch.Tensor, gradient: torch.Tensor, count: int) -> Tupl
 def _add_stats_gradient(
         dx: torch.Tensor, x: torch.Tensor, mean: torch.Tensor, gradient: torch.Tensor, out: torch.Tensor) -> None:
     """Write to out dx and what the gradients (2, C) of mean and variance of x add to it; all (pixels, C)."""
+    if runs_on_kernels(x):
+        from .norm_kernels import add_stats_gradient
+        add_stats_gradient(dx, x, mean, gradient, out)
+        return
     offset, slope = _stats_terms(mean, gradient, x.shape[0])
     for part in _parts(x, *x.shape):
         torch.add(dx[part], _affine(x[part], slope, offset), out=out[part])
@@ -364,7 +373,13 @@ class Buffers:
     def write(self, channels: slice, maps: torch.Tensor) -> None:
         """Writes maps (N, C, H, W) and their statistics to some of the channels."""
         # Around autograd's count of writes: nothing in the graph has read these channels.
-        self.features.data[:, channels] = as_pixels(maps)
+        place = self.features.data[:, channels]
+        if runs_on_kernels(maps):
+            from .norm_kernels import moments
+            pixels = as_pixels(maps.to(place.dtype).contiguous(memory_format=torch.channels_last))
+            moments(pixels, *self.stats.data[:, channels], copy=place)
+            return
+        place.copy_(as_pixels(maps))
         self.stats[0, channels], self.stats[1, channels] = _batch_stats(maps)
 
     def scratch(self, name: str, splits: int, width: int, like: torch.Tensor) -> torch.Tensor:
@@ -528,8 +543,7 @@ class _LayerPass:
         return x.view(-1, self.splits, self.width).transpose(0, 1)
 
     def _conv_args(self, i: int) -> Tuple[Any, ...]:
-        conv = self.layer.conv2.convs[i] if self.has_hierarchy else self.layer.conv2
-        return None, conv.stride, conv.padding, conv.dilation, False, [0, 0], conv.groups
+        return None, *conv_args(self.layer.conv2.convs[i] if self.has_hierarchy else self.layer.conv2)
 
     def _conv(self, i: int, x: torch.Tensor) -> torch.Tensor:
         """3x3 convolution i of (N, H, W, width)."""
@@ -773,14 +787,14 @@ def block_in_training(
     """
     layers = list(block.values())
     buffers = Buffers(x, layers[-1].conv1.in_channels + layers[-1].growth_rate, pool_of(block, x))
-    add_features, new_features = _AddFeatures, _new_features
+    new_features = _new_features
     if runs_on_kernels(x):
-        from .training_form_gpu import AddFeatures as add_features, new_features  # not to be imported without triton
-    features, stats = add_features.apply(buffers, 0, x, buffers.features.detach(), buffers.stats.detach())
+        from .training_form_gpu import new_features  # not to be imported without triton
+    features, stats = _AddFeatures.apply(buffers, 0, x, buffers.features.detach(), buffers.stats.detach())
     for layer in layers:
         new, features, stats = new_features(buffers, layer, features, stats)
         new = layer.drop_path(layer.attn(new))
-        features, stats = add_features.apply(buffers, layer.conv1.in_channels, new, features, stats)
+        features, stats = _AddFeatures.apply(buffers, layer.conv1.in_channels, new, features, stats)
     buffers.release()
     if transition is None:
         return _Output.apply(buffers, features, stats)

@@ -25,40 +25,9 @@ from .norm_kernels import (
     norm_relu,
     norm_relu_backward,
 )
-from .training_form import Buffers, as_maps, as_pixels, check_first_order, let_go, update_running_stats
+from .training_form import Buffers, as_maps, as_pixels, check_first_order, conv_args, let_go, update_running_stats
 
-__all__ = ['AddFeatures', 'PooledTransition', 'new_features']
-
-
-class AddFeatures(Function):
-    """`training_form._AddFeatures` in one pass over the maps forward and one backward."""
-
-    @staticmethod
-    def forward(
-            ctx: Any,
-            buffers: Buffers,
-            start: int,
-            maps: torch.Tensor,
-            features: torch.Tensor,
-            stats: torch.Tensor,
-    ) -> Tuple[torch.Tensor, torch.Tensor]:
-        ctx.buffers, ctx.channels = buffers, slice(start, start + maps.shape[1])
-        # Around autograd's count of writes: nothing in the graph has read these channels.
-        place = buffers.features.data[:, ctx.channels]
-        x = as_pixels(maps.to(place.dtype).contiguous(memory_format=torch.channels_last))
-        moments(x, *buffers.stats.data[:, ctx.channels], copy=place)
-        ctx.save_for_backward(features)
-        return features, stats
-
-    @staticmethod
-    def backward(ctx: Any, dfeatures: torch.Tensor, dstats: torch.Tensor):
-        features, = ctx.saved_tensors
-        x, dx = features[:, ctx.channels], dfeatures[:, ctx.channels]
-        dmaps = torch.empty(dx.shape, dtype=dx.dtype, device=dx.device)
-        add_stats_gradient(dx, x, ctx.buffers.stats[0, ctx.channels], dstats[:, ctx.channels], out=dmaps)
-        dmaps = as_maps(dmaps.view(*ctx.buffers.size, -1))
-        let_go(ctx, 'buffers')
-        return None, None, dmaps, dfeatures, dstats
+__all__ = ['PooledTransition', 'new_features']
 
 
 class Bottleneck(Function):
@@ -135,7 +104,7 @@ class Hierarchy(Function):
             before = norms[0].part(splits[0]) if i == 0 else norms[i]
             totals.append(
                 join(x[:, splits[i + 1]], norms[0].part(splits[i + 1]), zs[i], before, y=ys[:, splits[i]]))
-            z = torch.convolution(_maps_like(maps, totals[i]), convs[i], None, *_conv_args(conv))
+            z = torch.convolution(_maps_like(maps, totals[i]), convs[i], None, *conv_args(conv))
             zs.append(_pixels(z))
             norms.append(_norm_of_batch(zs[-1], norm, *affines[i + 1]))
         norm_relu(zs[-1], norms[-1].part(splits[0]), out=ys[:, splits[-1]])
@@ -184,7 +153,7 @@ def _hierarchy_backward(
         gradients = norm_gradients(sums, norms[i + 1])
         add_stats_gradient(dz, zs[i + 1], norms[i + 1].mean, gradients[2:], out=dz)
         dtotal, dconv, _ = torch.ops.aten.convolution_backward(
-            _maps_like(dnew, dz), _maps_like(dnew, totals[i]), convs[i], None, *_conv_args(hierarchy.convs[i]),
+            _maps_like(dnew, dz), _maps_like(dnew, totals[i]), convs[i], None, *conv_args(hierarchy.convs[i]),
             [True, True, False])
         split, (dz, sums) = splits[i + 1], place(i)
         join_backward(
@@ -241,10 +210,6 @@ def _norm_of_batch(
         moments(x, mean, var)
         update_running_stats(module, mean, var, len(x))
     return KernelNorm(mean, var, weight, bias, module.eps)
-
-
-def _conv_args(conv: nn.Conv2d) -> Tuple[Any, ...]:
-    return conv.stride, conv.padding, conv.dilation, False, [0, 0], conv.groups
 
 
 def _maps_like(like: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
