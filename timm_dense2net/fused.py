@@ -144,17 +144,22 @@ class FusedSplitHierarchyConv2d(nn.Module):
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.bias = nn.Parameter(bias, requires_grad=False)
 
-    def conv(self, i: int, x: torch.Tensor) -> torch.Tensor:
-        """Convolution i, counted from 0, on (N, width, H, W)."""
-        weight = self.weight[i].view(self.width, self.kernel_size, self.kernel_size, -1).permute(0, 3, 1, 2)
-        return F.conv2d(x, weight, self.bias[i], 1, self.padding, self.dilation, self.groups)
+    def kernels(self, weight: torch.Tensor) -> torch.Tensor:
+        """The convolutions' weights (s - 1, width, width / groups, kernel height, kernel width) of ``weight``."""
+        sizes = [self.scale - 1, self.width, self.kernel_size, self.kernel_size, self.width // self.groups]
+        return weight.view(sizes).permute(0, 1, 4, 2, 3)
+
+    def conv(self, x: torch.Tensor, kernel: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        """One of the convolutions on (N, width, H, W)."""
+        return F.conv2d(x, kernel, bias, 1, self.padding, self.dilation, self.groups)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         splits = torch.split(x, [self.width] * self.scale, 1)
+        kernels = self.kernels(self.weight)
         y = splits[0]
         outputs = [y]
         for i in range(self.scale - 1):
-            y = F.relu(self.conv(i, splits[i + 1] + y))
+            y = F.relu(self.conv(splits[i + 1] + y, kernels[i], self.bias[i]))
             outputs.append(y)
         return torch.cat(outputs, 1)
 

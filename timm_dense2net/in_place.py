@@ -8,7 +8,7 @@ each other.
 import os
 from concurrent.futures import ThreadPoolExecutor
 from threading import Barrier, Lock
-from typing import Callable, Dict, Iterable, Optional, Sequence, Tuple
+from typing import Callable, Dict, Iterable, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 import torch.nn as nn
@@ -56,11 +56,19 @@ def block_in_place(
     layers = list(block.values())
     clamped = x.new_empty(n * h * w * layers[-1].in_chs)
     bottleneck = x.new_empty((n, h, w, layers[0].conv1.linear.out_features))
+    weights = {}
     output, done = None, 0
     for part in parts:
         start = 0 if follower else done
         of_part = features[start:start + len(part)]
-        _run_block(layers, part, of_part, clamped, bottleneck[:len(part)])
+        maps = bottleneck[:len(part)]
+        hierarchy = _Hierarchy(maps, layers[0].conv2) if layers[0].has_hierarchy else None
+        unfolds = hierarchy is not None and hierarchy.unfolds
+        if unfolds not in weights:  # few images may be left for the last part
+            weights[unfolds] = [_weights_of(layer, x.dtype, unfolds) for layer in layers]
+        of_part[..., :x.shape[1]] = part.permute(0, 2, 3, 1)
+        for layer, of_layer in zip(layers, weights[unfolds]):
+            _run_layer(layer, of_layer, of_part, clamped, maps, hierarchy)
         if follower:
             output = _put(follower(of_part.permute(0, 3, 1, 2)), output, done, len(x))
         done += len(part)
@@ -169,45 +177,53 @@ def sees_whole_batch(module: nn.Module) -> bool:
     return any(m.training or getattr(m, 'running_mean', m) is None for m in all_modules(module))
 
 
-def _run_block(
-        layers: Sequence[nn.Module],
-        x: torch.Tensor,
-        features: torch.Tensor,
-        clamped: torch.Tensor,
-        bottleneck: torch.Tensor,
-) -> None:
-    """Writes x and all layers' features to ``features`` (N, H, W, C); ``clamped`` and ``bottleneck`` are scratch."""
-    features[..., :x.shape[1]] = x.permute(0, 2, 3, 1)
-    hierarchy = _Hierarchy(bottleneck, layers[0].conv2) if layers[0].has_hierarchy else None
-    for layer in layers:
-        _run_layer(layer, features, clamped, bottleneck, hierarchy)
+class _Weights(NamedTuple):
+    """What a layer computes with, in the dtype of its features."""
+    lo: torch.Tensor
+    hi: torch.Tensor
+    conv1: torch.Tensor
+    bias1: torch.Tensor
+    convs: Sequence[Tuple[torch.Tensor, torch.Tensor]]
+    conv3: Optional[torch.Tensor]
+
+
+def _weights_of(layer: nn.Module, dtype: torch.dtype, unfolds: bool) -> _Weights:
+    """Those of a layer, cast and cut once for all parts: operations that write to a buffer are not autocast."""
+    conv1, hierarchy = layer.conv1, layer.conv2
+    cast = [t.to(dtype) for t in (conv1.lo, conv1.hi, conv1.linear.weight.t(), conv1.linear.bias)]
+    if not layer.has_hierarchy:
+        return _Weights(*cast, [], None)
+    weight, bias = hierarchy.weight.to(dtype), hierarchy.bias.to(dtype)
+    weight = weight.transpose(1, 2) if unfolds else hierarchy.kernels(weight)
+    return _Weights(*cast, list(zip(weight.unbind(), bias.unbind())), layer.conv3.weight.to(dtype).t())
 
 
 def _run_layer(
         layer: nn.Module,
+        weights: _Weights,
         features: torch.Tensor,
         clamped: torch.Tensor,
         bottleneck: torch.Tensor,
         hierarchy: Optional['_Hierarchy'],
 ) -> None:
-    """Writes a layer's new features behind the first ``in_chs`` channels of ``features`` (N, H, W, C)."""
-    # Operations that write to a buffer are not autocast: their weights are cast here.
-    channels, dtype = features.shape[3], features.dtype
-    pixels = features.view(-1, channels)
-    conv1, c = layer.conv1, layer.in_chs
+    """Writes a layer's new features behind the first ``in_chs`` channels of ``features`` (N, H, W, C).
+
+    ``clamped`` and ``bottleneck`` are scratch.
+    """
+    pixels = features.view(-1, features.shape[3])
+    c = layer.in_chs
     x = clamped.as_strided((pixels.shape[0], c), (c, 1))
-    torch.clamp(pixels[:, :c], conv1.lo.to(dtype), conv1.hi.to(dtype), out=x)
+    torch.clamp(pixels[:, :c], weights.lo, weights.hi, out=x)
     mid = bottleneck.view(-1, bottleneck.shape[3])
-    torch.addmm(conv1.linear.bias.to(dtype), x, conv1.linear.weight.to(dtype).t(), out=mid)
+    torch.addmm(weights.bias1, x, weights.conv1, out=mid)
     mid.relu_()
-    new = pixels[:, c:c + layer.growth_rate]
     if hierarchy is None:
         y = layer.conv2(bottleneck.permute(0, 3, 1, 2))
     else:
-        hierarchy.run(layer.conv2)
+        hierarchy.run(layer.conv2, weights.convs)
         drops = layer.drop_path.training and not isinstance(layer.drop_path, nn.Identity)
         if isinstance(layer.attn, nn.Identity) and not drops:
-            torch.mm(mid, layer.conv3.weight.to(dtype).t(), out=new)
+            torch.mm(mid, weights.conv3, out=pixels[:, c:c + layer.growth_rate])
             return
         y = layer.conv3(bottleneck).permute(0, 3, 1, 2)
     features[..., c:c + layer.growth_rate] = layer.drop_path(layer.attn(y)).permute(0, 2, 3, 1)
@@ -237,21 +253,21 @@ class _Hierarchy:
             self.matrix = self.columns.view(-1, 9 * width)
             self.product = maps.new_empty((n * h * w, width))
 
-    def run(self, hierarchy: nn.Module) -> None:
+    def run(self, hierarchy: nn.Module, convs: Iterable[Tuple[torch.Tensor, torch.Tensor]]) -> None:
+        """Runs one of the hierarchies with weight and bias of each of its convolutions."""
         if self.unfolds:
-            weight, bias = hierarchy.weight.to(self.product.dtype), hierarchy.bias.to(self.product.dtype)
-            self._run_unfolded(weight.transpose(1, 2).unbind(), bias.unbind())
+            self._run_unfolded(convs)
             return
-        for i in range(len(self.splits) - 1):
+        for i, (kernel, bias) in enumerate(convs):
             x, y = self.splits[i + 1], self.splits[i]
             if self.copies:
                 x, y = x.contiguous(), y.contiguous()
-            y = hierarchy.conv(i, (x + y).permute(0, 3, 1, 2))
+            y = hierarchy.conv((x + y).permute(0, 3, 1, 2), kernel, bias)
             torch.clamp_min(y.permute(0, 2, 3, 1), 0, out=self.splits[i + 1])
 
-    def _run_unfolded(self, weights: Iterable[torch.Tensor], biases: Iterable[torch.Tensor]) -> None:
+    def _run_unfolded(self, convs: Iterable[Tuple[torch.Tensor, torch.Tensor]]) -> None:
         y, product = self.splits[0], self.product.view(self.splits[0].shape)
-        for x, weight, bias in zip(self.splits[1:], weights, biases):
+        for x, (weight, bias) in zip(self.splits[1:], convs):
             torch.add(x, y, out=self.sum)
             self.columns.copy_(self.windows)
             torch.addmm(bias, self.matrix, weight, out=self.product)
