@@ -11,6 +11,7 @@ docs/training.md tells more; --help lists all options.
 """
 import argparse
 import logging
+import math
 import signal
 import sys
 from contextlib import closing, nullcontext
@@ -53,6 +54,8 @@ def evaluate_only(args: argparse.Namespace, processes: Processes) -> None:
     loader = build_loader(args, data.test, data, processes)
     metrics = evaluate(
         model.to(processes.device), loader.epoch(0), autocast_factory(args, processes.device), processes.sum)
+    if not math.isfinite(metrics['loss']):
+        raise ValueError(f'{args.checkpoint or args.model}: the test loss is {metrics["loss"]}')
     if processes.primary:
         print(f'test top-1 {metrics["top1"]:.2f}, top-5 {metrics["top5"]:.2f}, loss {metrics["loss"]:.4f}')
 

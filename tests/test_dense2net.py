@@ -281,6 +281,9 @@ def test_sizes_are_those_of_the_name(name):
     (dict(attn_layer='sse'), ('attn_layer', 'sse')),
     (dict(attn_layer='bottleneck'), ('attn_layer', 'bottleneck', '32 channels')),
     (dict(norm_layer=''), ('norm_layer', "''")),
+    (dict(norm_layer='groupnorm', scale=8), ("norm_layer 'groupnorm'", '16 channels')),
+    (dict(norm_layer='groupnorm', growth_rate=12), ("norm_layer 'groupnorm'", '24 channels')),
+    (dict(norm_layer='evonorms0', scale=8), ("norm_layer 'evonorms0'", '16 channels')),
 ])
 def test_bad_arguments_are_named(kwargs, numbers):
     with pytest.raises(ValueError) as info:

@@ -121,6 +121,15 @@ def test_bad_values_of_commands(argv, words, capsys):
     assert e.value.code == 2 and all(word in error for word in words)
 
 
+def test_ctrl_c_is_one_line(monkeypatch, capsys):
+    def interrupted(argv):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr('timm_dense2net.listing.main', interrupted)
+    assert main(['models']) == 130
+    assert capsys.readouterr().err == 'interrupted\n'
+
+
 def test_a_package_that_a_command_lacks_is_named(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, 'optuna', None)
     monkeypatch.delitem(sys.modules, 'timm_dense2net.search', raising=False)

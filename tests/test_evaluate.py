@@ -1,6 +1,8 @@
 """Evaluation of trained models: flip averaging, calibration, corruptions, the command and its faults."""
 import io
 import json
+import os
+import tempfile
 
 import numpy as np
 import pytest
@@ -8,7 +10,7 @@ import timm
 import torch
 from PIL import Image
 from torch import nn
-from training_runs import run_here
+from training_runs import drop_privileges, finish, run_here, start
 
 from timm_dense2net import evaluate as evaluate_module
 from timm_dense2net.calibration import cross_fit_calibration, expected_calibration_error
@@ -378,6 +380,16 @@ def test_a_wrong_call_is_refused(capsys, arguments, message):
     with pytest.raises(SystemExit) as stop:
         main(['--dataset', 'digits', *arguments])
     assert stop.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_a_file_that_cannot_be_written_is_named_before_the_work(tmp_path):
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o555)
+        argv = ['--dataset', 'digits', '--model', MODEL, '--pretrained', '--output', f'{folder}/figures.json']
+        process = start(argv, tmp_path / 'log', drop_privileges, main)
+        assert finish(process) == 2
+    log = (tmp_path / 'log').read_text()
+    assert log.splitlines()[-1].endswith(f'figures.json: the folder {folder} cannot be written to')
 
 
 def test_what_cannot_be_loaded_is_one_message(folder, tmp_path, capsys):

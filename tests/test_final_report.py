@@ -285,6 +285,13 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ['figures.csv']
 
 
+def test_a_file_that_cannot_be_made_is_named_itself(tmp_path):
+    path = tmp_path / 'nowhere' / 'figures.csv'
+    with pytest.raises(FileNotFoundError) as info, replace_file(path):
+        pass
+    assert info.value.filename == str(path)
+
+
 def test_without_matplotlib_one_warning_is_given_and_the_figures_are_written(tmp_path):
     """In a fresh interpreter in which `import matplotlib` fails."""
     write_summary(tmp_path)

@@ -1,12 +1,10 @@
 """A run that is killed, stopped or finds its files damaged goes on to the same end, bit for bit."""
-import ctypes
 import math
 import os
 import random
 import resource
 import shutil
 import signal
-import sys
 import tempfile
 import time
 from contextlib import closing
@@ -16,7 +14,7 @@ import pytest
 import torch
 import yaml
 from training_runs import (
-    arguments, assert_same_run, finish, kill, read_state, read_summary_rows, run_here, start, wait_for)
+    arguments, assert_same_run, drop_privileges, finish, kill, read_state, read_summary_rows, run_here, start, wait_for)
 
 from timm_dense2net.checkpoint import CHECKPOINT_FILE, PREVIOUS_FILE, load_weights
 from timm_dense2net.distributed import Processes
@@ -222,17 +220,10 @@ def test_write_that_fails_loses_nothing(tmp_path, reference):
     assert_same_run(complete(tmp_path), reference)
 
 
-def _drop_privileges():
-    """Leaves root, whose capabilities go before permissions, with what any owner of a file may do."""
-    if sys.platform == 'linux':
-        header, none = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
-        assert ctypes.CDLL(None).capset(header, none) == 0
-
-
 def test_read_only_folder_is_one_message(tmp_path):
     with tempfile.TemporaryDirectory() as folder:
         os.chmod(folder, 0o555)
-        process = start(arguments(folder), tmp_path / 'log', _drop_privileges)
+        process = start(arguments(folder), tmp_path / 'log', drop_privileges)
         assert finish(process) == 1
         assert not os.listdir(folder)
     log = (tmp_path / 'log').read_text()
@@ -255,6 +246,11 @@ def test_resume_may_last_longer_but_not_learn_otherwise(tmp_path, reference, cap
     assert run_here(['--resume', path.parent, '--lr', '0.5']) == 2
     error = capsys.readouterr().err
     assert 'lr 0.05' in error and '0.5' in error
+    weights = path.parent / 'last.safetensors'
+    assert f'--initial-checkpoint {weights}' in error
+    weights.unlink()  # as before the end of the first epoch
+    assert run_here(['--resume', path.parent, '--lr', '0.5']) == 2
+    assert '--initial-checkpoint' not in capsys.readouterr().err
     process = start(['--resume', str(path), '--epochs', '4'], tmp_path / 'log')  # the state itself may be named
     assert finish(process) == 0, (tmp_path / 'log').read_text()
     rows = read_summary_rows(path.parent)

@@ -198,7 +198,7 @@ def test_evaluation_only(tmp_path, capsys):
     # A model that is named goes before what the file says.
     evaluation[2] = folder
     assert run_here([*evaluation, '--model', 'resnet18']) == 1
-    assert 'does not fit resnet18' in capsys.readouterr().err
+    assert capsys.readouterr().err.endswith('does not fit resnet18: it is of test_resnet\n')
 
 
 def test_same_seed_same_bits_other_seed_other_bits(tmp_path):
@@ -522,6 +522,7 @@ def test_initial_checkpoint(tmp_path, capsys):
     (['--hflip', '2'], ['--hflip must be between 0 and 1', '2']),
     (['--aa', 'imagenet'], ['--aa must be', 'cifar10', 'imagenet']),
     (['--device', 'cuda:99'], ['cuda:99']),
+    (['--torchcompile', 'eager', '--grad-checkpointing'], ['--torchcompile eager', 'aot_eager']),
     (['--opt', 'nesterow_adamw'], ["timm has no optimizer 'nesterow_adamw'"]),
     (['--opt', 'fusedadam'], ['--opt fusedadam', 'APEX']),
     (['--seed', str(1 << 32)], ['--seed must be in [0, 2^32)', '4294967296']),
@@ -547,6 +548,7 @@ def test_initial_checkpoint(tmp_path, capsys):
     (['--dataset', 'folder'], ['an image folder is named by --data-dir']),
     (['--model', 'dense2net40_k12_s4', '--model-kwargs', 'act_layer=foo'], ["unknown act_layer 'foo'", 'relu']),
     (['--model', 'dense2net40_k12_s4', '--model-kwargs', 'norm_layer=foo'], ["norm_layer 'foo'", 'batchnorm2d']),
+    (['--model', 'wide_resnet28_10', '--model-kwargs', 'norm_layer=groupnorm'], ["norm_layer 'groupnorm'", '16']),
     (['--initial-checkpoint', 'nowhere.pth'], ['--initial-checkpoint nowhere.pth', 'no such file']),
     (['--initial-checkpoint', __file__], ['--initial-checkpoint', __file__, 'neither a safetensors file']),
     (['--resume', 'nowhere/at/all'], ['--resume nowhere/at/all: no run is there', 'no such file or folder']),

@@ -7,6 +7,7 @@
 """
 import importlib
 import runpy
+import signal
 import sys
 from pathlib import Path
 
@@ -45,6 +46,15 @@ def run_script(script: str, args: list[str]) -> None:
     runpy.run_path(script, run_name='__main__')
 
 
+def _run_command(name: str, args: list[str]) -> int:
+    try:
+        command = importlib.import_module(f'timm_dense2net.{COMMANDS[name]}')
+    except ImportError as e:  # of a package that only some commands need
+        print(f'error: {e}', file=sys.stderr)
+        return 2
+    return command.main(args)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run a command or script; returns the exit code."""
     argv = sys.argv[1:] if argv is None else argv
@@ -57,11 +67,10 @@ def main(argv: list[str] | None = None) -> int:
     name, args = argv[0], argv[1:]
     if name in COMMANDS:
         try:
-            command = importlib.import_module(f'timm_dense2net.{COMMANDS[name]}')
-        except ImportError as e:  # of a package that only some commands need
-            print(f'error: {e}', file=sys.stderr)
-            return 2
-        return command.main(args)
+            return _run_command(name, args)
+        except KeyboardInterrupt:
+            print('interrupted', file=sys.stderr)
+            return 128 + signal.SIGINT
     if not Path(name).is_file():
         print(f"error: '{name}' is neither a command nor a script that exists\n{_usage()}", file=sys.stderr)
         return 2

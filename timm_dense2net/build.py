@@ -19,7 +19,7 @@ from timm.models import get_arch_name, is_model, load_checkpoint
 from timm.utils import random_seed, reparameterize_model
 
 from .augment import ProgressiveResize
-from .checkpoint import load_metadata
+from .checkpoint import check_finite, load_metadata
 from .convert import conversion_metadata, convert_res2net, load_converted, recorded_conversion
 from .data import check_same_classes, load_images
 from .distillation import Distillation, loss_weights
@@ -169,6 +169,7 @@ def build_model(args: argparse.Namespace, images: Images, with_weights: bool = T
             convert_res2net(model, args.res2net_scale)
     except LOAD_ERRORS as e:
         raise ValueError(f'{args.model}: {one_line(e)}') from e
+    check_finite(model.state_dict(), initial or args.model)
     check_input(model, args.model, tuple(images.image_shape))
     _check_progressive_sizes(args, args.model, model, tuple(images.image_shape))
     if args.freeze_stages:

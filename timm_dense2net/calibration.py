@@ -102,4 +102,5 @@ def check_logits(logits: torch.Tensor, targets: torch.Tensor) -> None:
         raise ValueError(
             f'targets must lie in 0..{logits.shape[1] - 1}, got {targets.min().item()}..{targets.max().item()}')
     if not logits.isfinite().all():
-        raise ValueError('logits hold values that are not finite')
+        bad = (~logits.isfinite()).any(dim=1).sum()
+        raise ValueError(f'the logits of {bad} of {len(logits)} images are not finite')

@@ -27,7 +27,7 @@ from .files import replace_file
 
 __all__ = [
     'CHECKPOINT_FILE', 'PREVIOUS_FILE', 'CorruptCheckpointError', 'save_state', 'load_state', 'read_state_bytes',
-    'save_weights', 'load_weights', 'load_metadata',
+    'save_weights', 'load_weights', 'load_metadata', 'check_finite',
 ]
 
 _logger = logging.getLogger(__name__)
@@ -153,13 +153,32 @@ def load_weights(path: str | os.PathLike[str]) -> tuple[dict[str, torch.Tensor],
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If it is neither, not whole, or a training state, which holds more than weights.
+        ValueError: If it is neither, not whole, a training state, which holds more than weights, or a value is not
+            finite.
     """
     if _is_torch_file(path):
         with _explain_torch_errors(path):
-            return timm.models.load_state_dict(str(path)), _torch_metadata(path)
-    with _open_weights(path) as f:
-        return {name: f.get_tensor(name) for name in f.keys()}, f.metadata() or {}
+            weights, metadata = timm.models.load_state_dict(str(path)), _torch_metadata(path)
+    else:
+        with _open_weights(path) as f:
+            weights, metadata = {name: f.get_tensor(name) for name in f.keys()}, f.metadata() or {}
+    check_finite(weights, path)
+    return weights, metadata
+
+
+def check_finite(weights: Mapping[str, torch.Tensor], source: str | os.PathLike[str]) -> None:
+    """Checks that weights are numbers, as those of a run that diverged may not be.
+
+    Args:
+        weights: State dict.
+        source: Where they are from, for the message.
+
+    Raises:
+        ValueError: If a value is infinite or not a number.
+    """
+    for name, tensor in weights.items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise ValueError(f'{source}: {name} holds values that are not finite')
 
 
 def load_metadata(path: str | os.PathLike[str]) -> dict[str, str]:

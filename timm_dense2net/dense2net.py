@@ -105,11 +105,16 @@ def check_act_layer(act_layer: LayerType) -> None:
             f"unknown act_layer '{act_layer}': it must be a name that timm knows, such as 'relu' or 'silu'") from None
 
 
-def find_norm_act_layer(norm_layer: LayerType, act_layer: LayerType) -> Type[nn.Module]:
+def find_norm_act_layer(norm_layer: LayerType, act_layer: LayerType, *channels: int) -> Type[nn.Module]:
     """timm's ``get_norm_act_layer``, with a message for what timm does not know.
 
+    Args:
+        norm_layer: Normalization, by name or class.
+        act_layer: Activation, by name or class.
+        *channels: Numbers of channels that it is to be made for.
+
     Raises:
-        ValueError: timm has no such layer.
+        ValueError: timm has no such layer, or its groups do not divide the channels.
     """
     check_act_layer(act_layer)
     try:
@@ -120,7 +125,20 @@ def find_norm_act_layer(norm_layer: LayerType, act_layer: LayerType) -> Type[nn.
         raise ValueError(
             f"unknown norm_layer '{norm_layer}': it must be a name that timm knows, such as 'batchnorm2d' or "
             f"'layernorm2d'")
+    for count in channels:
+        if not _takes(norm_act_layer, count):
+            raise ValueError(
+                f"norm_layer '{norm_layer}' cannot be made for {count} channels, which its groups do not divide: give "
+                f"one without groups, such as 'batchnorm2d' or 'layernorm2d'")
     return norm_act_layer
+
+
+def _takes(norm_act_layer: Type[nn.Module], channels: int) -> bool:
+    try:
+        norm = norm_act_layer(channels, device='meta')
+    except ValueError:
+        return False
+    return channels % getattr(norm, 'groups', 1) == 0  # some of timm's look at them in forward alone
 
 
 def _is_bare_conv(conv: nn.Module, kernel_size: int, dilation: int = 1, groups: Optional[int] = 1) -> bool:
@@ -194,7 +212,7 @@ class SplitHierarchyConv2d(nn.Module):
             raise ValueError(
                 f'{width} channels a split ({channels} channels at scale {scale}) cannot be divided in {groups} '
                 f'groups: groups must divide {width}')
-        norm_act_layer = find_norm_act_layer(norm_layer, act_layer)
+        norm_act_layer = find_norm_act_layer(norm_layer, act_layer, width)
         self.channels = channels
         self.in_channels = self.out_channels = channels  # asked of a convolution by timm's ConvNormAct
         self.scale = scale
@@ -274,8 +292,8 @@ class DenseLayer(nn.Module):
     ) -> None:
         dd = {'device': device, 'dtype': dtype}
         super().__init__()
-        norm_act_layer = find_norm_act_layer(norm_layer, act_layer)
         mid_chs = bn_size * growth_rate
+        norm_act_layer = find_norm_act_layer(norm_layer, act_layer, in_chs, mid_chs)
         self.growth_rate = growth_rate
         self.norm1 = norm_act_layer(in_chs, **dd)
         self.conv1 = create_conv2d(in_chs, mid_chs, 1, **dd)

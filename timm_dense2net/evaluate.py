@@ -16,7 +16,7 @@ import torch.nn as nn
 from timm.utils import accuracy, reparameterize_model
 from tqdm import tqdm
 
-from .calibration import cross_fit_calibration
+from .calibration import check_logits, cross_fit_calibration
 from .corruptions import CORRUPTIONS, corrupt
 from .distributed import find_device
 from .engine import predict
@@ -72,7 +72,8 @@ def evaluate(
         top-1 accuracies). Accuracies are in percent.
 
     Raises:
-        ValueError: If the model's classes are not the data's, or it does not take images of their shape.
+        ValueError: If the model's classes are not the data's, it does not take images of their shape, or its logits are
+            not finite.
     """
     check_fits(trained, images)
     model = trained.model.to(device)
@@ -97,7 +98,9 @@ def evaluate(
 
 def _predict(model, images, name, *, device, batch_size, mean, std) -> tuple[torch.Tensor, torch.Tensor]:
     loader = BatchLoader(images, batch_size, device=device, mean=mean, std=std, train=False)
-    return predict(model, tqdm(loader.epoch(0), total=len(loader), desc=name, leave=False))
+    logits, targets = predict(model, tqdm(loader.epoch(0), total=len(loader), desc=name, leave=False))
+    check_logits(logits, targets)
+    return logits, targets
 
 
 def _top(logits: torch.Tensor, targets: torch.Tensor) -> dict[str, float]:

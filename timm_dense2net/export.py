@@ -145,6 +145,10 @@ def check_parity(
             reference = expected(images)
         except ValueError:  # too small for the model itself
             continue
+        if not reference.isfinite().all():
+            raise ExportError(
+                f'the PyTorch model gives logits that are not finite for images of shape {_times(shape)}: no file was'
+                ' written')
         try:
             logits = actual(images)
         except Exception as e:  # ONNX Runtime's errors have no other class in common

@@ -25,29 +25,37 @@ def replace_file(path: str | os.PathLike[str]) -> Iterator[Path]:
     The temporary name keeps the suffix of `path`, by which libraries choose a file format.
 
     Raises:
-        OSError: If the file cannot be made.
+        OSError: If the file cannot be made; it names `path`.
     """
     path = Path(path)
     temporary = path.with_name(f'.{path.stem}.{uuid.uuid4().hex}.tmp{path.suffix}')
-    temporary.touch(exist_ok=False)
     try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        temporary.touch(exist_ok=False)
+        try:
+            yield temporary
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as e:
+        if e.filename is None or Path(e.filename) != temporary:
+            raise
+        raise OSError(e.errno, e.strerror, str(path)) from e
 
 
 def output_file(name: str) -> Path:
     """The path of a file that a command is to write, as an argument's type.
 
     Raises:
-        argparse.ArgumentTypeError: If there is no folder to write it to, or a folder has its name.
+        argparse.ArgumentTypeError: If there is no folder to write it to, that cannot be written to, or it has
+            the file's name.
     """
     path = Path(name)
     if path.is_dir():
         raise argparse.ArgumentTypeError(f'{name} is a folder: name a file')
     if not path.parent.is_dir():
         raise argparse.ArgumentTypeError(f'{name}: there is no folder {path.parent}')
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        raise argparse.ArgumentTypeError(f'{name}: the folder {path.parent} cannot be written to')
     return path
 
 

@@ -397,7 +397,12 @@ def _check_same_folder(early: argparse.Namespace, saved: Path) -> None:
     if Path(output, experiment).resolve() != saved.parent:
         raise ValueError(
             f'--resume {early.resume} goes on in its own folder, not in {Path(output, experiment)}: leave out --output'
-            f' and --experiment, or begin a new run with --initial-checkpoint {saved.parent}/last.safetensors')
+            f' and --experiment, or begin a new run{_from_its_weights(saved.parent)}')
+
+
+def _from_its_weights(run: Path) -> str:
+    weights = run / 'last.safetensors'  # not there before the first epoch is over
+    return f', if need be with --initial-checkpoint {weights}' if weights.is_file() else ''
 
 
 def _check_unchanged(args: argparse.Namespace, parser: argparse.ArgumentParser, saved: Path) -> None:
@@ -406,8 +411,8 @@ def _check_unchanged(args: argparse.Namespace, parser: argparse.ArgumentParser, 
         before, now = (json.loads(json.dumps(value)) for value in (parser.get_default(name), getattr(args, name)))
         if before != now:
             raise ValueError(
-                f'{saved.parent} was started with {name} {before}, it cannot go on with {now}: begin a new run, if need'
-                f' be with --initial-checkpoint {saved.parent}/last.safetensors')
+                f'{saved.parent} was started with {name} {before}, it cannot go on with {now}: begin a new run'
+                f'{_from_its_weights(saved.parent)}')
 
 
 def _early_parser() -> argparse.ArgumentParser:
@@ -515,6 +520,10 @@ def check_args(args: argparse.Namespace) -> None:
     for option, package in (('log_wandb', 'wandb'), ('log_tensorboard', 'tensorboard')):
         if getattr(args, option) and importlib.util.find_spec(package) is None:
             raise ValueError(f'{_option(option)}: {package} is not installed')
+    if args.torchcompile == 'eager' and args.grad_checkpointing:
+        raise ValueError(
+            '--torchcompile eager and --grad-checkpointing: torch cannot run what it makes of the two; give another'
+            ' backend, such as aot_eager or inductor')
     if args.cuda_graph and args.grad_checkpointing:
         raise ValueError('--cuda-graph and --grad-checkpointing: it asks for random states, which a capture has not')
     if args.cuda_graph and args.grad_accum_steps > 1:

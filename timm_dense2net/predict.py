@@ -138,6 +138,9 @@ def predict_images(
         topk: Number of classes a picture, at most as many as there are.
         batch_size: Pictures at a time.
         device: Device to run on.
+
+    Raises:
+        ValueError: If a probability is not finite.
     """
     model = trained.model.to(device)
     transform = create_transform(**trained.data_config, is_training=False)
@@ -151,6 +154,8 @@ def predict_images(
             rows = iter(())
             if good:
                 probabilities, indices = model(torch.stack(good).to(device)).float().softmax(dim=1).topk(topk, dim=1)
+                if not probabilities.isfinite().all():
+                    raise ValueError(f'{trained.name}: probabilities are not finite')
                 rows = zip(indices.tolist(), probabilities.tolist())
             for source, tensor in zip(batch, tensors):
                 if isinstance(tensor, str):

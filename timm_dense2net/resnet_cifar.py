@@ -202,7 +202,7 @@ class CifarResNetV2(CifarFeatures, ResNetV2):
             device=None,
             dtype=None,
     ) -> None:
-        find_norm_act_layer(norm_layer, act_layer)
+        find_norm_act_layer(norm_layer, act_layer, stem_chs)
         super().__init__(
             layers,
             channels,
@@ -255,8 +255,8 @@ class PyramidBottleneck(nn.Module):
     ) -> None:
         dd = {'device': device, 'dtype': dtype}
         super().__init__()
-        norm_act_layer = find_norm_act_layer(norm_layer, act_layer)
         out_chs = width * self.expansion
+        norm_act_layer = find_norm_act_layer(norm_layer, act_layer, in_chs, width, out_chs)
         self.norm1 = norm_act_layer(in_chs, apply_act=False, **dd)
         self.conv1 = create_conv2d(in_chs, width, 1, **dd)
         self.norm2 = norm_act_layer(width, **dd)

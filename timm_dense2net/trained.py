@@ -12,8 +12,9 @@ import torch
 import torch.nn as nn
 from safetensors import SafetensorError
 from timm.data import resolve_data_config
+from timm.models import get_arch_name
 
-from .checkpoint import load_weights
+from .checkpoint import check_finite, load_weights
 from .cifar import CIFAR100_CLASSES
 from .convert import METADATA_KEY, reapply_conversion
 from .data import load_images
@@ -79,7 +80,7 @@ def load_pretrained_model(name: str, model_kwargs: dict[str, Any] | None = None)
     """Loads a model with the weights its name stands for.
 
     Raises:
-        ValueError: If there is no such model or no weights for it.
+        ValueError: If there is no such model or no weights for it, or these are not finite.
     """
     try:
         try:
@@ -90,6 +91,7 @@ def load_pretrained_model(name: str, model_kwargs: dict[str, Any] | None = None)
         check_weights(name)
     except LOAD_ERRORS as e:
         raise ValueError(explain_hub_error(e, name.removeprefix('hf-hub:'))) from e
+    check_finite(model.state_dict(), name)
     cfg = model.pretrained_cfg
     class_names = cfg.get('label_names')
     if class_names is None and is_packaged_file(cfg.get('file')) and model.num_classes == 100:
@@ -115,7 +117,8 @@ def load_checkpoint_model(
     """
     path = weights_file(path)
     weights, metadata = load_weights(path)
-    name = name or metadata.get('model')
+    held = metadata.get('model')
+    name = name or held
     if name is None:
         raise ValueError(f'{path} does not say which model it is of: name it with --model')
     try:
@@ -124,7 +127,8 @@ def load_checkpoint_model(
             reapply_conversion(model, json.loads(metadata[METADATA_KEY]))
         model.load_state_dict(weights)
     except (RuntimeError, TypeError) as e:
-        raise ValueError(f'{path} does not fit {name}: {one_line(e)}') from e
+        why = one_line(e) if held in (None, get_arch_name(name)) else f'it is of {held}'
+        raise ValueError(f'{path} does not fit {name}: {why}') from e
     class_names = json.loads(metadata['class_names']) if 'class_names' in metadata else None
     return TrainedModel(
         str(path), model.eval(), resolve_data_config(weights_config(metadata), model=model),
