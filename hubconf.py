@@ -1,4 +1,4 @@
-"""torch.hub entry points: ``torch.hub.load(REPO, 'dense2net121_s8')``; ``torch.hub.list(REPO)`` names them all."""
+"""torch.hub entry points: ``torch.hub.load(REPO, 'dense2net121_s8')``; ``torch.hub.list(REPO)`` names the Dense2Nets."""
 from importlib.util import find_spec as _find_spec
 
 dependencies = ['torch', 'torchvision', 'timm', 'safetensors', 'huggingface_hub', 'tqdm']

@@ -118,6 +118,19 @@ def test_a_file_that_names_no_model(tmp_path, saved):
     assert load_weights(path) == ({'a': torch.ones(1)}, {})
 
 
+def test_arguments_that_are_not_of_timms_train_are_left_alone(tmp_path):
+    path = tmp_path / 'model.pth'
+    torch.save({'args': {'lr': 1}, 'state_dict': {'a': torch.ones(1)}}, path)
+    assert load_weights(path) == ({'a': torch.ones(1)}, {})
+
+
+def test_a_checkpoint_of_another_layout_is_named(tmp_path):
+    path = tmp_path / 'model.pth'
+    torch.save({'epoch': 3, 'net': {'a': torch.ones(1)}}, path)
+    with pytest.raises(ValueError, match='model.pth: no state dict.*epoch, net are no tensors'):
+        load_weights(path)
+
+
 @pytest.mark.parametrize('content', ['object', 'torn', 'archive'])
 def test_torch_files_without_weights(tmp_path, content):
     path = tmp_path / 'model.pth'

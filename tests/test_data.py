@@ -237,7 +237,9 @@ def test_torch_cifar100_is_downloaded_and_its_checksum_checked(small_cifar100, m
         monkeypatch.setattr(TorchCifar100, 'tgz_md5', checksum)
         assert len(open_dataset('torch/cifar100', 'train', **kwargs)) == 20
         server.shutdown()
+    os.unlink(root / 'new' / 'data' / '.download.lock')
     assert len(open_dataset('torch/cifar100', 'train', **kwargs)) == 20  # already there
+    assert not (root / 'new' / 'data' / '.download.lock').exists()  # nor could it be made on a read-only disk
 
 
 def test_damaged_or_missing_torch_cifar100_is_named(small_cifar100):

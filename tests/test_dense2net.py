@@ -1,4 +1,5 @@
 """The mathematics of the layers and nets, in float64, against an independent functional form."""
+import copy
 import math
 import re
 
@@ -397,3 +398,18 @@ def test_attention_is_initialized_as_it_is_made():
     """timm's global context adds at first what its last bias says, whatever the image."""
     model = Dense2Net(growth_rate=16, block_config=(1, 1), num_classes=5, attn_layer='gca')
     assert (model.features.denseblock2.denselayer1.attn.mlp_add.fc2.weight == 0).all()
+
+
+def test_a_graph_with_checkpointing_takes_several_backward_passes():
+    model = timm.create_model('dense2net40_k12_s4', block_config=(1, 1), growth_rate=8).double().train()
+    x = torch.randn(2, 3, 16, 16, dtype=torch.double, generator=torch.Generator().manual_seed(0))
+    gradients = []
+    for checkpointing in (False, True):
+        twin = copy.deepcopy(model)
+        twin.set_grad_checkpointing(checkpointing)
+        y = twin(x)
+        y.sum().backward(retain_graph=True)
+        y.square().sum().backward()
+        gradients.append([p.grad for p in twin.parameters()] + [b.double() for b in twin.buffers()])
+    for first, second in zip(*gradients, strict=True):
+        torch.testing.assert_close(first, second)

@@ -100,6 +100,21 @@ def test_more_classes_than_there_are_are_all(weights, pictures, capsys):
     assert sum(each['probability'] for each in predictions) == pytest.approx(1, abs=1e-5)
 
 
+def test_class_names_of_a_configuration_by_index(tmp_path):
+    """As timm's config.json may have them."""
+    model = timm.create_model('test_resnet', num_classes=12)
+    names = {str(index): f'kind {index}' for index in reversed(range(12))}
+    timm.models.save_for_hf(model, tmp_path, model_config=dict(label_names=names), safe_serialization=True)
+    assert load_trained(f'local-dir:{tmp_path}').class_names == tuple(f'kind {index}' for index in range(12))
+
+
+def test_a_model_of_other_channels_is_refused(tmp_path, pictures, capsys):
+    path = tmp_path / 'weights.safetensors'
+    save_weights(path, timm.create_model(MODEL, in_chans=4).state_dict(), dict(model=MODEL, input_size='[4, 32, 32]'))
+    assert main([str(pictures), '--checkpoint', str(path)]) == 2
+    assert f'{path} takes images of 4 channels' in capsys.readouterr().err
+
+
 def test_batches_change_nothing(weights, pictures):
     trained = load_trained(checkpoint=weights)
     sources = list(find_images([str(pictures)]))

@@ -1,4 +1,5 @@
 """A run that is killed, stopped or finds its files damaged goes on to the same end, bit for bit."""
+import json
 import math
 import os
 import random
@@ -16,7 +17,7 @@ import yaml
 from training_runs import (
     arguments, assert_same_run, drop_privileges, finish, kill, read_state, read_summary_rows, run_here, start, wait_for)
 
-from timm_dense2net.checkpoint import CHECKPOINT_FILE, PREVIOUS_FILE, load_weights
+from timm_dense2net.checkpoint import CHECKPOINT_FILE, PREVIOUS_FILE, load_weights, save_state, save_weights
 from timm_dense2net.distributed import Processes
 from timm_dense2net.files import LEFTOVERS
 from timm_dense2net.options import parse_args
@@ -137,6 +138,21 @@ def test_damaged_checkpoint_falls_back_on_the_one_before(tmp_path, reference, da
     assert_same_run(complete(tmp_path), reference)
     if damage is not Path.unlink:
         assert 'using checkpoint-prev.safetensors instead' in (tmp_path / 'log').read_text()
+
+
+def test_best_weights_of_an_epoch_that_is_trained_anew_are_not_kept(tmp_path):
+    """The state is that of before an epoch, the best weights are of this epoch, and it does worse the second time."""
+    argv = arguments(tmp_path, '--epochs', '1', '--checkpoint-interval', '0', '--hold-out', '256')
+    assert run_here(argv) == 0
+    path = tmp_path / 'run'
+    state = read_state(path)
+    state['early_stop']['best']['top1'] = 99.
+    save_state(path, state)
+    weights, metadata = load_weights(path / 'best.safetensors')
+    save_weights(path / 'best.safetensors', weights, metadata | dict(epoch='1', top1='99.9'))
+    assert run_here(['--resume', path, '--epochs', '2']) == 0
+    result, metadata = json.loads((path / 'result.json').read_text()), load_weights(path / 'best.safetensors')[1]
+    assert metadata['top1'] == f'{result["best_top1"]:.4f}' and metadata['epoch'] == str(result['best_epoch'])
 
 
 def test_no_whole_checkpoint_is_one_message(tmp_path, capsys):

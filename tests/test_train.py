@@ -195,6 +195,8 @@ def test_evaluation_only(tmp_path, capsys):
     assert f'test top-1 {result["test_top1"]:.2f}' in capsys.readouterr().out
     assert run_here([*evaluation, '--model', 'test_resnet', '--model-kwargs', 'channels=(8,16,24,32)']) == 1
     assert 'does not fit test_resnet' in capsys.readouterr().err
+    assert run_here([*evaluation, '--model', 'test_resnet', '--model-kwargs', 'global_pool=foo']) == 1
+    assert 'does not fit test_resnet' in capsys.readouterr().err
     # A model that is named goes before what the file says.
     evaluation[2] = folder
     assert run_here([*evaluation, '--model', 'resnet18']) == 1
@@ -543,6 +545,7 @@ def test_initial_checkpoint(tmp_path, capsys):
     (['--model-ema-decay', '3'], ['--model-ema-decay must be in [0, 1)', '3']),
     (['--model-kwargs', 'foo'], ['--model-kwargs takes KEY=VALUE', "'foo'"]),
     (['--model-kwargs', 'checkpoint_path=x.pth'], ['--model-kwargs: checkpoint_path is set by --initial-checkpoint']),
+    (['--model-kwargs', 'features_only=True'], ['--model-kwargs: features_only']),
     (['--model-kwargs', 'drop_rate=0.5'], ['--model-kwargs: drop_rate is set by --drop']),
     (['--model', 'dense2net40_k12_s4', '--model-kwargs', 'block_config=6'], ['block_config must be a list', '6']),
     (['--dataset', 'folder'], ['an image folder is named by --data-dir']),

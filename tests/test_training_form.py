@@ -48,7 +48,7 @@ def vary(model):
         with torch.no_grad():
             m.weight.copy_(normal(len(m.weight), seed=i))
             m.bias.copy_(normal(len(m.bias), seed=1000 + i))
-            m.weight[0], m.weight[1] = 0., 1e-12
+            m.weight[0], m.weight[1:2] = 0., 1e-12
             m.running_mean.copy_(normal(len(m.weight), seed=2000 + i))
     return model
 
@@ -133,6 +133,18 @@ def test_equals_plain_form_with_several_pixels_a_row(kind, shape, monkeypatch):
     """Odd numbers of pixels, multiples of 16, and what is between them."""
     monkeypatch.setattr(training_form, 'MANY', 1)
     assert_equals_plain_form(create(**KINDS[kind]), normal(*shape), 1e-9, 1e-9)
+
+
+def test_equals_plain_form_with_splits_of_one_channel(monkeypatch):
+    monkeypatch.setattr(training_form, 'MANY', 1)
+    assert_equals_plain_form(create(growth_rate=2, scale=8), normal(4, 3, 16, 16), 1e-9, 1e-9)
+
+
+@pytest.mark.parametrize('name', ['weight', 'bias'])
+def test_a_norm_without_weight_or_bias_trains_in_the_plain_form(name):
+    model = create(scale=2)
+    setattr(model.features.denseblock1.denselayer2.norm1, name, None)
+    assert_equals_plain_form(model, normal(4, 3, 13, 11), 1e-9, 1e-9, count=5)
 
 
 def test_rows():

@@ -159,6 +159,10 @@ def load_weights(path: str | os.PathLike[str]) -> tuple[dict[str, torch.Tensor],
     if _is_torch_file(path):
         with _explain_torch_errors(path):
             weights, metadata = timm.models.load_state_dict(str(path)), _torch_metadata(path)
+        others = [str(name) for name, value in weights.items() if not isinstance(value, torch.Tensor)]
+        if others:
+            raise ValueError(
+                f'{path}: no state dict, nor one as state_dict or model: {", ".join(others)} are no tensors')
     else:
         with _open_weights(path) as f:
             weights, metadata = {name: f.get_tensor(name) for name in f.keys()}, f.metadata() or {}
@@ -220,7 +224,8 @@ def _torch_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
     with torch.serialization.safe_globals([argparse.Namespace]):
         checkpoint = torch.load(path, map_location='cpu', weights_only=True, mmap=True)
     checkpoint = checkpoint if isinstance(checkpoint, Mapping) else {}
-    name, args = checkpoint.get('arch'), vars(checkpoint.get('args') or argparse.Namespace())
+    name, args = checkpoint.get('arch'), checkpoint.get('args')
+    args = vars(args) if isinstance(args, argparse.Namespace) else {}
     if not isinstance(name, str) or not timm.is_model(name):  # without arguments it is the name of the model's class
         return {}
     pooling = {'global_pool': args['gp']} if args.get('gp') else {}

@@ -135,8 +135,11 @@ def _open_torch(dataset: str, split: str, data_dir: str | None, download: bool) 
         raise ValueError(f'{dataset}: needs the folder that holds it, or is to hold it, as --data-dir (data_dir).')
     timm_split = 'train' if split == 'train' else 'validation'
     try:
-        if not download:
+        try:
             return create_dataset(dataset, root=data_dir, split=timm_split)
+        except RuntimeError:  # by which torchvision says that it is not there
+            if not download:
+                raise
         # Of several processes on one machine the first downloads and the others find it done.
         os.makedirs(data_dir, exist_ok=True)
         with FileLock(os.path.join(data_dir, '.download.lock')):

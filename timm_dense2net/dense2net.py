@@ -246,9 +246,22 @@ class SplitHierarchyConv2d(nn.Module):
         return FusedSplitHierarchyConv2d(self) if _is_untouched(self) and is_fusable(*self.norms) else self
 
 
+class _RunningStatsFrozen:
+    # Recomputing a layer must not count its batch a second time in the running statistics. Entered anew by each
+    # backward pass through the same graph.
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+
+    def __enter__(self) -> None:
+        self._frozen = _running_stats_frozen(self._module)
+        self._frozen.__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        self._frozen.__exit__(*error)
+
+
 @contextmanager
 def _running_stats_frozen(module: nn.Module) -> Iterator[None]:
-    # Recomputing a layer must not count its batch a second time in the running statistics.
     norms = [m for m in module.modules() if hasattr(m, 'momentum')]  # not of batch norm alone
     momenta = [m.momentum for m in norms]
     counts = [count for m in norms if (count := getattr(m, 'num_batches_tracked', None)) is not None]
@@ -363,7 +376,7 @@ class DenseLayer(nn.Module):
         if torch.compiler.is_compiling():  # the compiler takes no context, and recomputes without side effects
             return checkpoint(run, *features, use_reentrant=False)
         return checkpoint(
-            run, *features, use_reentrant=False, context_fn=lambda: (nullcontext(), _running_stats_frozen(self)))
+            run, *features, use_reentrant=False, context_fn=lambda: (nullcontext(), _RunningStatsFrozen(self)))
 
     def forward(self, features: List[torch.Tensor]) -> torch.Tensor:
         if not torch.jit.is_scripting():

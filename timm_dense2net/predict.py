@@ -140,11 +140,14 @@ def predict_images(
         device: Device to run on.
 
     Raises:
-        ValueError: If a probability is not finite.
+        ValueError: If the model takes pictures neither grey nor in colour, or a probability is not finite.
     """
+    channels = trained.data_config['input_size'][0]
+    if channels not in (1, 3):
+        raise ValueError(f'{trained.name} takes images of {channels} channels: pictures have 3, grey ones 1')
     model = trained.model.to(device)
     transform = create_transform(**trained.data_config, is_training=False)
-    mode = 'L' if trained.data_config['input_size'][0] == 1 else 'RGB'
+    mode = 'L' if channels == 1 else 'RGB'
     topk = min(topk, model.num_classes)
     with ThreadPoolExecutor() as pool:
         for start in range(0, len(sources), batch_size):

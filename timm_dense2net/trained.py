@@ -94,6 +94,8 @@ def load_pretrained_model(name: str, model_kwargs: dict[str, Any] | None = None)
     check_finite(model.state_dict(), name)
     cfg = model.pretrained_cfg
     class_names = cfg.get('label_names')
+    if isinstance(class_names, Mapping):  # from class indices, as texts in JSON
+        class_names = [class_names[index] for index in sorted(class_names, key=int)]
     if class_names is None and is_packaged_file(cfg.get('file')) and model.num_classes == 100:
         class_names = CIFAR100_CLASSES
     return TrainedModel(name, model, resolve_data_config({}, model=model), _names(class_names, model.num_classes), {})
@@ -126,7 +128,7 @@ def load_checkpoint_model(
         if METADATA_KEY in metadata:
             reapply_conversion(model, json.loads(metadata[METADATA_KEY]))
         model.load_state_dict(weights)
-    except (RuntimeError, TypeError) as e:
+    except LOAD_ERRORS as e:
         why = one_line(e) if held in (None, get_arch_name(name)) else f'it is of {held}'
         raise ValueError(f'{path} does not fit {name}: {why}') from e
     class_names = json.loads(metadata['class_names']) if 'class_names' in metadata else None

@@ -26,7 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from tqdm import tqdm
 
-from .checkpoint import save_state, save_weights
+from .checkpoint import load_metadata, save_state, save_weights
 from .distillation import Distillation
 from .distributed import Processes
 from .engine import TrainLoss, TrainStep, autocast_factory, evaluate
@@ -236,6 +236,7 @@ class Trainer:
             TrainingError: If the loss is not finite or a file cannot be written; the last good state is kept.
         """
         self.folder = folder
+        self._forget_best_of_an_epoch_undone()
         try:
             # The training form has no second derivatives. What cuDNN finds fastest is fixed by a capture.
             with (self.stop, plain_form() if self.step.create_graph else nullcontext(),
@@ -245,6 +246,15 @@ class Trainer:
             raise TrainingError(
                 f'{e.filename or self.path}: {e.strerror or e}; the last whole state is kept, put this right and go on'
                 f' with --resume {self.path}') from e
+
+    def _forget_best_of_an_epoch_undone(self) -> None:
+        """Where best.safetensors is of an epoch after the state, the weights that the state calls best are gone."""
+        undone = False
+        if self.folder is not None and self.updates and not self.finished:
+            file = self.folder.path / 'best.safetensors'
+            undone = file.is_file() and int(load_metadata(file).get('epoch', 0)) >= self.epoch
+        if self.processes.broadcast(undone):
+            self.best = {}
 
     def _fit(self) -> None:
         self._clock = time.perf_counter()

@@ -135,7 +135,7 @@ def block_has_training_form(block: nn.ModuleDict, x: torch.Tensor) -> bool:
 
 def _is_covered(norm: nn.Module) -> bool:
     return (
-        type(norm) is BatchNormAct2d and norm.training and norm.affine
+        type(norm) is BatchNormAct2d and norm.training and norm.weight is not None and norm.bias is not None
         and type(norm.act) is nn.ReLU and isinstance(norm.drop, nn.Identity))
 
 
@@ -255,7 +255,7 @@ def _as_rows(*tensors: torch.Tensor) -> List[torch.Tensor]:
 def _repeat(values: Sequence[torch.Tensor], rows: torch.Tensor) -> Sequence[torch.Tensor]:
     """Values (C,) of the channels for each pixel of rows (rows, pixels * C)."""
     pixels = rows.shape[1] // len(values[0])
-    return values if pixels == 1 else [value.expand(pixels, -1).flatten() for value in values]
+    return values if pixels == 1 else [value.repeat(pixels) for value in values]
 
 
 def _affine(
