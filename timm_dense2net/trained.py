@@ -128,7 +128,7 @@ def load_checkpoint_model(
         if METADATA_KEY in metadata:
             reapply_conversion(model, json.loads(metadata[METADATA_KEY]))
         model.load_state_dict(weights)
-    except LOAD_ERRORS as e:
+    except (AssertionError, RuntimeError, TypeError) as e:
         why = one_line(e) if held in (None, get_arch_name(name)) else f'it is of {held}'
         raise ValueError(f'{path} does not fit {name}: {why}') from e
     class_names = json.loads(metadata['class_names']) if 'class_names' in metadata else None
