@@ -58,7 +58,7 @@ def test_nor_does_it_evaluate_them(tmp_path, capsys):
         run_here(['--eval-only', '--checkpoint', weights, '--dataset', 'digits']), capsys, 'bn1.bias holds values')
 
 
-def test_pretrained_weights_are_looked_at_too(tmp_path, monkeypatch, capsys):
+def test_pretrained_weights_are_looked_at_too(tmp_path, capsys):
     model = timm.create_model('test_resnet', num_classes=10)
     torch.nn.init.constant_(model.bn1.bias, math.nan)
     timm.models.save_for_hf(model, str(tmp_path / 'folder'), safe_serialization=True)

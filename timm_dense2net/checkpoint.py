@@ -28,6 +28,7 @@ from .files import replace_file
 __all__ = [
     'CHECKPOINT_FILE', 'PREVIOUS_FILE', 'CorruptCheckpointError', 'save_state', 'load_state', 'read_state_bytes',
     'save_weights', 'load_weights', 'load_metadata', 'check_finite',
+    'first_not_finite',
 ]
 
 _logger = logging.getLogger(__name__)
@@ -180,9 +181,18 @@ def check_finite(weights: Mapping[str, torch.Tensor], source: str | os.PathLike[
     Raises:
         ValueError: If a value is infinite or not a number.
     """
-    for name, tensor in weights.items():
-        if tensor.is_floating_point() and not tensor.isfinite().all():
-            raise ValueError(f'{source}: {name} holds values that are not finite')
+    name = first_not_finite(weights)
+    if name is not None:
+        raise ValueError(f'{source}: {name} holds values that are not finite')
+
+
+def first_not_finite(weights: Mapping[str, torch.Tensor]) -> str | None:
+    """Name of the first tensor that is not finite, None where all are; it waits for the device once."""
+    floating = {name: tensor for name, tensor in weights.items() if tensor.is_floating_point()}
+    if not floating:
+        return None
+    finite = torch.stack([tensor.isfinite().all() for tensor in floating.values()]).tolist()
+    return None if all(finite) else list(floating)[finite.index(False)]
 
 
 def load_metadata(path: str | os.PathLike[str]) -> dict[str, str]:

@@ -6,10 +6,10 @@ Papers:
     * `Dense2Net: A Hybrid DenseNet/Res2Net Architecture`, N. Starliper and T. Songkakul (slides), which joins the two
 """
 from collections import OrderedDict
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from functools import lru_cache
 from numbers import Integral
-from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Tuple, Type, Union
+from typing import Any, Callable, Dict, Iterable, List, Optional, Tuple, Type, Union
 
 import torch
 import torch.nn as nn
@@ -253,27 +253,17 @@ class _RunningStatsFrozen:
         self._module = module
 
     def __enter__(self) -> None:
-        self._frozen = _running_stats_frozen(self._module)
-        self._frozen.__enter__()
+        norms = [m for m in self._module.modules() if hasattr(m, 'momentum')]  # not of batch norm alone
+        counts = [count for m in norms if (count := getattr(m, 'num_batches_tracked', None)) is not None]
+        self._momenta = [(m, m.momentum) for m in norms]
+        self._counts = [(count, count.clone()) for count in counts]
+        for m in norms:
+            m.momentum = 0.
 
-    def __exit__(self, *error: Any) -> None:
-        self._frozen.__exit__(*error)
-
-
-@contextmanager
-def _running_stats_frozen(module: nn.Module) -> Iterator[None]:
-    norms = [m for m in module.modules() if hasattr(m, 'momentum')]  # not of batch norm alone
-    momenta = [m.momentum for m in norms]
-    counts = [count for m in norms if (count := getattr(m, 'num_batches_tracked', None)) is not None]
-    kept = [count.clone() for count in counts]
-    for m in norms:
-        m.momentum = 0.
-    try:
-        yield
-    finally:
-        for m, momentum in zip(norms, momenta):
+    def __exit__(self, *_: Any) -> None:
+        for m, momentum in self._momenta:
             m.momentum = momentum
-        for count, before in zip(counts, kept):
+        for count, before in self._counts:
             count.copy_(before)
 
 

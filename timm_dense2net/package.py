@@ -9,10 +9,8 @@ import json
 import sys
 from pathlib import Path
 
-import torch
-
 from . import packaged
-from .checkpoint import load_weights, save_weights
+from .checkpoint import first_not_finite, load_weights, save_weights
 from .cifar import CIFAR100_CLASSES
 from .convert import METADATA_KEY
 from .files import sha256_of, write_text
@@ -49,9 +47,9 @@ def package_run(run: Path, recipe: str) -> Path:
     if json.loads(metadata.get('class_names', 'null')) != list(CIFAR100_CLASSES):
         raise ValueError(f"{run}: expected weights for CIFAR-100's classes, in their order, got those of others")
     half = {name: t.half() if t.is_floating_point() else t for name, t in state_dict.items()}
-    overflown = [name for name, t in half.items() if not torch.isfinite(t).all()]
-    if overflown:
-        raise ValueError(f'{run}: {overflown[0]} does not fit half precision')
+    overflown = first_not_finite(half)
+    if overflown is not None:
+        raise ValueError(f'{run}: {overflown} does not fit half precision')
     path = Path(packaged.packaged_file(f'{metadata["model"].split(".")[0]}.{recipe}_c100'))
     packaged.WEIGHTS_DIR.mkdir(exist_ok=True)
     if 'args' in metadata:  # weights that a run started from may have left the package since

@@ -26,7 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from tqdm import tqdm
 
-from .checkpoint import load_metadata, save_state, save_weights
+from .checkpoint import first_not_finite, load_metadata, save_state, save_weights
 from .distillation import Distillation
 from .distributed import Processes
 from .engine import TrainLoss, TrainStep, autocast_factory, evaluate
@@ -340,10 +340,8 @@ class Trainer:
         Raises:
             TrainingError: If one is not finite.
         """
-        weights = {name: tensor for name, tensor in self.model.state_dict().items() if tensor.is_floating_point()}
-        finite = torch.stack([tensor.isfinite().all() for tensor in weights.values()]).tolist()
-        if not all(finite):
-            name = list(weights)[finite.index(False)]
+        name = first_not_finite(self.model.state_dict())
+        if name is not None:
             raise TrainingError(f'{name} is not finite after {self._where(self.batches_done)}')
 
     def _where(self, step: int) -> str:
