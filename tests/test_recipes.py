@@ -25,7 +25,7 @@ def test_packaged_recipes():
         'short_se', 'short_s2', 'short_s4', 'short_s4_se', 'short_s8', 'short_s8_se',
     )
     sprint = 'sprint', 'sprint_s2', 'sprint_s4', 'sprint_s4_se', 'sprint_s8_se'
-    assert set(list_recipes()) == {*DECK, 'strong', *sprint, *short, 'small', 'small_ft', 'quick', 'nano'}
+    assert set(list_recipes()) == {*DECK, 'strong', *sprint, *short, 'merged_s4', 'small', 'small_ft', 'quick', 'nano'}
 
 
 @pytest.mark.parametrize('name', list_recipes())
