@@ -12,7 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import timm_dense2net
 from changed_layers import CHANGES, change_layers
 from timm_dense2net.dense2net import Dense2Net, DenseBlock, SplitHierarchyConv2d
-from timm_dense2net.fused import FusedDenseBlock, norm_relu_as_clamp
+from timm_dense2net.fused import ClampLinear, FusedDenseBlock, norm_relu_as_clamp
+from timm_dense2net.in_place import bounds_of
 
 KINDS = {
     'baseline': dict(scale=None),
@@ -287,6 +288,25 @@ def test_autocast_computes_in_place_what_the_layers_do(size, kind, dtype, three_
         assert block(maps).dtype == torch.float32
     with torch.no_grad(), pytest.raises(RuntimeError, match='scalar type'):
         block(maps.to(dtype))
+
+
+def test_no_upper_bounds_where_no_scale_is_negative():
+    model = create(scale=4)
+    for norm in (m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)):
+        norm.weight.data.abs_().add_(0.1)
+    one_sided, x = reparameterize_model(model), images(4, 3, 32, 32)
+    first, last = one_sided.features.transition1.conv, list(one_sided.features.denseblock3.values())[-1].conv1
+    assert bounds_of(first, torch.float32)[1] is not None
+    assert bounds_of(first, torch.bfloat16)[1] is bounds_of(last, torch.float16)[1] is None
+    two_sided = copy.deepcopy(one_sided)
+    for conv in (m for m in two_sided.modules() if isinstance(m, ClampLinear)):
+        conv.hi.fill_(1e30)  # reached by no feature
+        assert bounds_of(conv, torch.bfloat16)[1] is not None
+    with torch.no_grad(), torch.autocast('cpu', torch.bfloat16):
+        torch.testing.assert_close(one_sided(x), two_sided(x), rtol=0, atol=0)
+        first.hi[1] = -1.
+        assert bounds_of(first, torch.bfloat16)[1] is not None
+        assert not torch.equal(one_sided(x), two_sided(x))
 
 
 def test_the_plain_form_by_parts_under_autocast(monkeypatch):

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from timm.layers import BatchNormAct2d, FrozenBatchNormAct2d, SyncBatchNormAct
 
 from .hooks import has_hooks
-from .in_place import block_in_place, computing_dtype, in_groups, is_recorded, parts_of, sees_whole_batch
+from .in_place import block_in_place, bounds_of, computing_dtype, in_groups, is_recorded, parts_of, sees_whole_batch
 
 __all__ = ['FusedDenseBlock', 'FusedDenseTransition', 'FusedFeatures', 'FusedSplitHierarchyConv2d', 'is_fusable']
 
@@ -250,7 +250,7 @@ class FusedDenseTransition(nn.Module):
     def overwrite(self, x: torch.Tensor) -> torch.Tensor:
         """The same, with the clamp written to x."""
         x = x.permute(0, 2, 3, 1)
-        return self._pool_and_mix(torch.clamp(x, self.conv.lo.to(x.dtype), self.conv.hi.to(x.dtype), out=x))
+        return self._pool_and_mix(torch.clamp(x, *bounds_of(self.conv, x.dtype), out=x))
 
     def _pool_and_mix(self, clamped: torch.Tensor) -> torch.Tensor:
         x = self.pool(clamped.permute(0, 3, 1, 2))
