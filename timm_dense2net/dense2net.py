@@ -165,9 +165,9 @@ class SplitHierarchyConv2d(nn.Module):
     where :math:`K_i` is convolution (no bias), norm, activation. The output is the concatenation of
     :math:`y_1 \dots y_s`; nothing follows it.
 
-    This differs from the Res2Net paper and from timm's ``res2net.py`` in two ways: they add nothing at i = 2 (here the
-    untouched first split is added), and timm leaves the last split untouched, not the first. With ``scale=1`` the
-    formula leaves the input as it is, so the layer has no parameters.
+    This differs from the Res2Net paper and from timm's ``res2net.py`` in two ways: they add nothing to the split that
+    is convolved first (here the untouched first split is added), and timm leaves the last split untouched, not the
+    first. With ``scale=1`` the formula leaves the input as it is, so the layer has no parameters.
 
     Shape: (N, channels, H, W) -> (N, channels, H, W).
 

@@ -178,8 +178,9 @@ def readme_block(results: Sequence[RunResult], results_path: str) -> str:
     return (
         f'{markdown_table(summarise(results))}\n'
         'Mean ± standard deviation over runs, on the test split. Rows with a best top-1: top-1 and top-5 of the last '
-        'epoch, and the best of all epochs beside them. Rows without: of the epoch that was best on held-out training '
-        'images.'
+        'epoch, in a test of its own, and beside them the best of the tests after each epoch; in bfloat16 two tests of '
+        'the same weights may differ by some hundredths. Rows without: of the epoch that was best on held-out training '
+        'images. Minutes are those of training, validation and the last test apart.'
         + (f' Trained by (processes x device): {"; ".join(hardware)}.' if hardware else '')
         + f' Written from `{results_path}` by `python -m timm_dense2net report --results {results_path} '
         '--readme README.md`.\n')
