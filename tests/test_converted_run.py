@@ -14,7 +14,7 @@ from training_runs import arguments, assert_same_run, run_here
 import timm_dense2net  # noqa: F401
 from timm_dense2net import evaluate, export, predict, publish, report
 from timm_dense2net.checkpoint import load_weights, save_weights
-from timm_dense2net.convert import METADATA_KEY, convert_res2net
+from timm_dense2net.convert import METADATA_KEY, conversion_metadata, convert_res2net
 from timm_dense2net.counts import count_macs, count_params
 from timm_dense2net.package import package_run
 from timm_dense2net.trained import load_trained
@@ -66,6 +66,18 @@ def test_resumed_run_is_the_same(output, tmp_path):
     assert train(tmp_path, '--epochs', 1) == 0
     assert run_here(['--resume', tmp_path / 'run', '--epochs', 2]) == 0
     assert_same_run(output / 'run', tmp_path / 'run')
+
+
+def test_a_run_from_other_layers_goes_on_with_them(tmp_path):
+    model = convert_res2net(timm.create_model('test_resnet', num_classes=10), SCALE, act_layer='silu')
+    first = tmp_path / 'first.safetensors'
+    save_weights(first, model.state_dict(), dict(model='test_resnet', **conversion_metadata(model)))
+    begun, whole = (train(tmp_path, '--initial-checkpoint', first, '--epochs', n, name=name)
+                    for n, name in ((1, 'begun'), (2, 'whole')))
+    assert begun == whole == 0
+    assert run_here(['--resume', tmp_path / 'begun', '--epochs', 2]) == 0
+    assert_same_run(tmp_path / 'whole', tmp_path / 'begun')
+    assert load_trained(None, tmp_path / 'begun').model.res2net_conversion['act_layer'] == 'silu'
 
 
 def test_evaluated_predicted_and_exported(output, tmp_path, capsys):

@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import shutil
+import subprocess
 import sys
 import threading
 from types import SimpleNamespace
@@ -89,6 +90,27 @@ def test_image_folder(tmp_path):
     assert np.array_equal(train.images[4].numpy(), expected)
     test = load_arrays('', 'test', data_dir=root)
     assert not torch.equal(test.images, train.images)
+
+
+def test_classes_of_a_folder_have_one_order(tmp_path):
+    """In every process, where timm's depends on the hashes of the names."""
+    code = '''
+import sys
+from timm_dense2net.data import open_dataset
+print(list(open_dataset(sys.argv[1], 'train').reader.class_to_idx.items()))'''
+    root = write_folder(tmp_path, ('10', '1', '01', '001'), 1, splits=('train',))
+    orders = {
+        subprocess.run(
+            [sys.executable, '-c', code, root], env=os.environ | dict(PYTHONHASHSEED=seed), check=True,
+            capture_output=True, text=True).stdout for seed in '012'}
+    assert orders == {"[('001', 0), ('01', 1), ('1', 2), ('10', 3)]\n"}
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='other systems have no such names')
+def test_class_names_are_text(tmp_path):
+    root = write_folder(tmp_path, ('a', os.fsdecode(b'\xff')))
+    with pytest.raises(ValueError, match=r"the name of class '\\udcff' is not UTF-8; rename it"):
+        load_arrays(root, 'train')
 
 
 @pytest.mark.parametrize('subfolder, name', [('a', "'a'"), ('.', "''")])
@@ -450,12 +472,14 @@ def test_hold_out_is_stratified_disjoint_and_seeded():
     assert torch.equal(labels[held.images.flatten().long()], held.labels)
     assert torch.equal(hold_out_split(arrays, 20, seed=1)[1].images, held.images)
     assert not torch.equal(hold_out_split(arrays, 20, seed=2)[1].images, held.images)
-    for count in (1, 50, 100):
+    for count in (1, 50, 90):
         rest, held = hold_out_split(arrays, count, seed=0)
         assert (len(rest), len(held)) == (101 - count, count)
     for count in (0, 101, -1):
         with pytest.raises(ValueError, match=f'{count} images cannot be held out of 101'):
             hold_out_split(arrays, count, seed=0)
+    with pytest.raises(ValueError, match="100 images held out would be all of class 'b', which has 30; hold out fewer"):
+        hold_out_split(arrays, 100, seed=0)
 
 
 # Batches

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from PIL import Image
 
 import timm_dense2net
 from timm_dense2net.cam import class_activation_maps
@@ -110,6 +111,18 @@ def test_wrong_checkpoint_gives_one_line(tmp_path, capsys):
     save_weights(other, timm.create_model('test_resnet').state_dict(), dict(model='test_resnet'))
     assert main(['--checkpoint', str(other)]) == 2
     assert 'expected a run of a Dense2Net or DenseNet' in capsys.readouterr().err
+    grey = tmp_path / 'grey.safetensors'
+    save_weights(grey, timm.create_model(MODEL, in_chans=1).state_dict(), dict(model=MODEL, input_size='[1, 32, 32]'))
+    assert main(['--checkpoint', str(grey)]) == 2
+    assert 'expected a net for pictures in colour' in capsys.readouterr().err
+
+
+def test_classes_that_differ_by_an_underscore_stay_apart(tmp_path):
+    own = tmp_path / 'own.safetensors'
+    net = timm.create_model(MODEL, num_classes=3, block_config=(1, 1, 1))
+    save_weights(own, net.state_dict(), dict(
+        model=MODEL, num_classes='3', model_args='{"block_config": [1, 1, 1]}', class_names='["a_b", "a b", "c"]'))
+    assert explain(load_trained(None, own), Image.new('RGB', (32, 32)))[0].keys() == {'a_b', 'a b', 'c'}
 
 
 def test_own_weights_go_first(tmp_path):

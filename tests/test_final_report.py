@@ -1,4 +1,5 @@
 """Curves, the final report of a classifier, and calibration."""
+import argparse
 import csv
 import json
 import math
@@ -16,7 +17,7 @@ from timm_dense2net import curves
 from timm_dense2net.calibration import expected_calibration_error, fit_temperature
 from timm_dense2net.cifar import CIFAR100_CLASSES, CIFAR100_SUPERCLASS_OF, CIFAR100_SUPERCLASSES
 from timm_dense2net.curves import read_summary, update_curves
-from timm_dense2net.files import LEFTOVERS, replace_file
+from timm_dense2net.files import LEFTOVERS, output_file, replace_file, write_text
 from timm_dense2net.final_report import write_final_report
 
 CIFAR100 = Path(__file__).parents[1] / '../shared/cifar100'
@@ -182,6 +183,8 @@ def test_final_report_of_other_classes_has_no_superclasses(tmp_path):
     figures = write_final_report(tmp_path, logits, targets, ['cat', 'dog', 'eel'])
     assert figures['top5'] == 100. and 'superclass_top1' not in figures
     assert not (tmp_path / 'per_superclass.csv').exists()
+    write_final_report(tmp_path, logits, targets, ['a $^$', '$', r'\frac{$x$}'])  # no mathematics
+    assert read_csv(tmp_path / 'per_class.csv')[1]['class'] == '$'
     with pytest.raises(ValueError, match='2 class names for 3 logits'):
         write_final_report(tmp_path, logits, targets, ['cat', 'dog'])
 
@@ -283,6 +286,24 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
     os.umask(umask)
     assert path.stat().st_mode & 0o777 == 0o666 & ~umask
     assert [file.name for file in tmp_path.iterdir()] == ['figures.csv']
+
+
+def test_what_a_link_leads_to_is_replaced(tmp_path):
+    (tmp_path / 'folder').mkdir()
+    file, link = tmp_path / 'folder' / 'file.csv', tmp_path / 'link.csv'
+    file.write_text('old')
+    link.symlink_to(file)
+    write_text(link, 'new')
+    assert link.is_symlink() and file.read_text() == 'new' and list((tmp_path / 'folder').iterdir()) == [file]
+
+
+@pytest.mark.skipif(not hasattr(os, 'mkfifo'), reason='this system has no pipes in folders')
+def test_only_files_are_written(tmp_path):
+    os.mkfifo(tmp_path / 'pipe')
+    (tmp_path / 'to_pipe').symlink_to(tmp_path / 'pipe')
+    for name in (tmp_path / 'pipe', tmp_path / 'to_pipe', os.devnull):
+        with pytest.raises(argparse.ArgumentTypeError, match=f'{name} is no regular file'):
+            output_file(str(name))
 
 
 def test_a_file_that_cannot_be_made_is_named_itself(tmp_path):

@@ -224,6 +224,17 @@ def test_output_goes_to_a_file(weights, pictures, tmp_path, capsys):
     assert capsys.readouterr().out == '' and len(path.read_text().splitlines()) == 1 + 10 * 5
 
 
+@pytest.mark.skipif(sys.platform != 'linux', reason='other systems have no such names')
+def test_a_name_that_is_not_utf_8(weights, tmp_path, capsys):
+    name = os.fsdecode(b'\xff.png')
+    picture(tmp_path / name)
+    call = [str(tmp_path), '--checkpoint', str(weights), '--format', 'csv', '--topk', '1']
+    assert main(call) == 0
+    assert r'\udcff.png' in capsys.readouterr().out
+    assert main([*call, '--output', str(tmp_path / 'out.csv')]) == 0
+    assert os.fsencode(tmp_path / name) in (tmp_path / 'out.csv').read_bytes()
+
+
 def test_weights_without_class_names_give_numbers(tmp_path, pictures, capsys):
     path = tmp_path / 'plain.safetensors'
     save_weights(path, timm.create_model(MODEL, num_classes=3).state_dict(), {})

@@ -248,6 +248,17 @@ def test_results_csv_that_is_none_is_named_and_left_alone(tmp_path, capsys, cont
     assert path.read_text() == content
 
 
+def test_results_csv_as_excel_writes_it(tmp_path):
+    path = tmp_path / 'results.csv'
+    assert main([str(make_run(tmp_path, 'run')), '--results', str(path)]) == 0
+    results = read_results(path)
+    path.write_bytes(b'\xef\xbb\xbf' + path.read_bytes().replace(b'\n', b'\r\n'))
+    assert read_results(path) == results
+    path.write_text(','.join(COLUMNS) + '\n"' + 'x' * (csv.field_size_limit() + 1) + '"\n')
+    with pytest.raises(ValueError, match=f'{path}: field larger than field limit'):
+        read_results(path)
+
+
 @pytest.fixture
 def project(tmp_path):
     """A README with marks and a results.csv of one run."""

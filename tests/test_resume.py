@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from test_data import write_folder
 from training_runs import (
     arguments, assert_same_run, drop_privileges, finish, kill, read_state, read_summary_rows, run_here, start, wait_for)
 
@@ -334,6 +335,34 @@ def test_state_of_other_data_is_refused(tmp_path, capsys):
     assert f'{message} 22 batches of 64 images' in capsys.readouterr().err
     assert run_here(['--resume', path.parent, '-b', '255']) == 1
     assert f'{message} 5 batches of 255 images' in capsys.readouterr().err
+
+
+def test_other_classes_are_refused(tmp_path, capsys):
+    images = tmp_path / 'images'
+    write_folder(images, ('a', 'b', 'c'), size=(8, 8))
+    assert run_here(arguments(tmp_path, '--dataset', images, '-b', '9', '--epochs', '1')) == 0
+    for split in ('train', 'val'):
+        (images / split / 'c').rename(images / split / 'd')
+    assert run_here(['--resume', tmp_path / 'run', '--epochs', '2']) == 1
+    assert "the run began on other classes: 'c' where the data have 'd'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('content', ['epoch;lr\n0;0.1\n', '\ufeffepoch,lr\n0,0.1\n', 'epoch,lr\n0,0.1\nnull,0\n'])
+def test_a_summary_that_was_altered_is_named_before_training(tmp_path, capsys, content):
+    assert run_here(arguments(tmp_path, '--epochs', '1')) == 0
+    (tmp_path / 'run' / 'summary.csv').write_text(content, encoding='utf-8')
+    state = (tmp_path / 'run' / CHECKPOINT_FILE).read_bytes()
+    assert run_here(['--resume', tmp_path / 'run', '--epochs', '2']) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith(f'error: {tmp_path}') and "summary.csv: not as timm's update_summary writes it" in error
+    assert (tmp_path / 'run' / CHECKPOINT_FILE).read_bytes() == state
+
+
+def test_a_run_goes_on_where_the_best_weights_are_damaged(tmp_path):
+    path = interrupted(tmp_path).parent
+    _cut(path / 'best.safetensors')
+    assert run_here(['--resume', path]) == 0
+    load_weights(path / 'best.safetensors')
 
 
 def test_a_run_goes_on_in_its_folder(tmp_path, capsys):

@@ -4,6 +4,7 @@ import json
 import re
 import signal
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 from importlib.machinery import ModuleSpec
 from types import ModuleType, SimpleNamespace
@@ -27,7 +28,7 @@ from timm_dense2net.engine import TrainLoss, TrainStep, evaluate, predict
 from timm_dense2net.options import parse_args
 from timm_dense2net.runs import RunFolder
 from timm_dense2net.trained import load_trained
-from timm_dense2net.trainer import StopSignal, TrainingError
+from timm_dense2net.trainer import StopSignal, Trainer, TrainingError
 
 
 def linear_model():
@@ -279,6 +280,24 @@ def test_a_second_interrupt_acts_at_once():
         assert stop.signum == signal.SIGINT
         signal.raise_signal(signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_signals_are_left_alone_in_another_thread(tmp_path):
+    before = signal.getsignal(signal.SIGINT)
+    trainer = make_trainer(tmp_path, '--epochs', '1')
+    with ThreadPoolExecutor(1) as thread:
+        thread.submit(trainer.fit).result()
+    assert trainer.finished and signal.getsignal(signal.SIGINT) is before
+
+
+def test_too_little_memory_is_one_message(tmp_path, monkeypatch, capsys):
+    def out_of_memory(*args):
+        raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 20.00 MiB.')
+
+    monkeypatch.setattr(Trainer, '_train_epoch', out_of_memory)
+    assert run_here(arguments(tmp_path)) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith('error: CUDA out of memory. Tried to allocate 20.00 MiB. A smaller --batch-size')
 
 
 def test_only_the_plateau_schedule_stops_early_unasked(tmp_path):
@@ -537,6 +556,8 @@ def test_initial_checkpoint(tmp_path, capsys):
     (['--min-lr', '-1'], ['--min-lr must be at least 0', '-1']),
     (['--decay-epochs', '0'], ['--decay-epochs must be above 0', '0']),
     (['--decay-rate', '1'], ['--decay-rate must be below 1', 'plateau']),
+    (['--decay-milestones', '75', '50'], ['--decay-milestones', 'above the one before', '[75, 50]']),
+    (['--decay-milestones', '-5', '50'], ['--decay-milestones', 'from 1 on', '[-5, 50]']),
     (['--clip-grad', '-1'], ['--clip-grad must be above 0', '-1']),
     (['--momentum', '2'], ['--momentum must be in [0, 1)', '2']),
     (['--layer-decay', '0'], ['--layer-decay must be in (0, 1]', '0']),

@@ -6,6 +6,7 @@ import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -20,7 +21,8 @@ from timm.utils import random_seed, reparameterize_model
 
 from .augment import ProgressiveResize
 from .checkpoint import check_finite, load_metadata
-from .convert import conversion_metadata, convert_res2net, load_converted, recorded_conversion
+from .convert import (
+    METADATA_KEY, conversion_metadata, convert_res2net, load_converted, reapply_conversion, recorded_conversion)
 from .data import check_same_classes, load_images
 from .distillation import Distillation, loss_weights
 from .distributed import Processes
@@ -123,13 +125,19 @@ def _check_model_name(model: str) -> None:
         check_model_name(model)
 
 
-def build_model(args: argparse.Namespace, images: Images, with_weights: bool = True) -> nn.Module:
+def build_model(
+        args: argparse.Namespace,
+        images: Images,
+        with_weights: bool = True,
+        conversion: Mapping[str, Any] | None = None,
+) -> nn.Module:
     """Creates the model for the classes and channels of `images`, and converts it where `--res2net-scale` says so.
 
     Args:
         args: Arguments of the run.
         images: Images of the classes and channels it is for.
         with_weights: Whether it starts from the weights that the arguments name; a resumed run has its own.
+        conversion: What was converted when a resumed run began.
 
     Raises:
         ValueError: If timm has no such model, it does not take the arguments or the weights, or cannot be converted.
@@ -165,7 +173,9 @@ def build_model(args: argparse.Namespace, images: Images, with_weights: bool = T
             _load_initial(model, initial)
         if args.grad_checkpointing:
             model.set_grad_checkpointing()
-        if args.res2net_scale and not converted:
+        if conversion is not None:
+            reapply_conversion(model, conversion)
+        elif args.res2net_scale and not converted:
             convert_res2net(model, args.res2net_scale)
     except LOAD_ERRORS as e:
         raise ValueError(f'{args.model}: {one_line(e)}') from e
@@ -291,7 +301,11 @@ def build_trainer(
     """
     # The same first weights in every process, then each its own random numbers.
     random_seed(args.seed)
-    model = build_model(args, data.train, with_weights=state is None).to(processes.device)
+    recorded = {} if state is None else state.get('weights_metadata', {})  # earlier states have none
+    _check_classes_of(recorded, data.train)
+    model = build_model(
+        args, data.train, with_weights=state is None, conversion=json.loads(recorded.get(METADATA_KEY, 'null')))
+    model = model.to(processes.device)
     model = model.to(memory_format=torch.channels_last) if args.channels_last else model
     random_seed(args.seed, processes.rank)
     trainer = trainer_class(
@@ -301,6 +315,15 @@ def build_trainer(
     if state is not None:
         trainer.load_state_dict(state)
     return trainer
+
+
+def _check_classes_of(recorded: Mapping[str, str], images: Images) -> None:
+    """Refuses images of other classes than those that a resumed run began with."""
+    names = json.loads(recorded.get('class_names', 'null'))
+    if names is None or tuple(names) == images.class_names:
+        return
+    before, now = next((a, b) for a, b in zip_longest(names, images.class_names) if a != b)
+    raise ValueError(f'the run began on other classes: {before!r} where the data have {now!r}')
 
 
 def build_trained(args: argparse.Namespace) -> tuple[nn.Module, RunData]:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .figures import new_figure, save_figure
+from .figures import new_figure, plain_text, save_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -85,7 +85,7 @@ def update_curves(run_dir: str | os.PathLike[str]) -> Path | None:
     for axes, (title, unit, best, lines) in zip(figure.subplots(1, 2), _PANELS):
         _draw_curves(axes, summary, lines, best)
         axes.set(title=title, xlabel='epochs trained', ylabel=unit)
-    figure.suptitle(run_dir.resolve().name)
+    figure.suptitle(plain_text(run_dir.resolve().name))
     save_figure(figure, run_dir / 'curves.png')
     return run_dir / 'curves.png'
 

@@ -13,6 +13,7 @@ import torch
 from filelock import FileLock
 from PIL import Image
 from timm.data import create_dataset
+from timm.utils import natural_key
 from torch.utils.data import Dataset
 
 from .cifar import CIFAR100_MEAN, CIFAR100_STD
@@ -233,8 +234,16 @@ def _open_folder(root: str | None, split: str) -> Dataset:
     found = next((name for name in _SPLIT_NAMES[split] if os.path.isdir(os.path.join(root, name))), None)
     if found is None:
         raise FileNotFoundError(f'{root}: no folder for the {split} split, one of {", ".join(_SPLIT_NAMES[split])}.')
+    folder = os.path.join(root, found)
     try:
-        return create_dataset('', root=os.path.join(root, found), search_split=False)
+        images = create_dataset('', root=folder, search_split=False)
+        names = list(images.reader.class_to_idx)
+        # timm orders names that differ only in case or in leading zeros in another way in each process.
+        ordered = sorted(names, key=lambda name: (natural_key(name), name))
+        if names != ordered:
+            class_map = {name: index for index, name in enumerate(ordered)}
+            images = create_dataset('', root=folder, search_split=False, class_map=class_map)
+        return images
     except RuntimeError as error:
         raise FileNotFoundError(str(error)) from error
 
@@ -286,6 +295,7 @@ def check_images(
         raise ValueError(
             f'{name}: has one class only, {images.class_names[0]!r}; there must be two or more to tell apart, in an '
             f'image folder each a folder below that of the split.')
+    _check_text(images.class_names, name)
     low, high = int(images.labels.min()), int(images.labels.max())
     if low < 0 or high >= images.num_classes:
         raise ValueError(f'{name}: labels go from {low} to {high}, with {images.num_classes} classes they must be '
@@ -296,6 +306,15 @@ def check_images(
         raise ValueError(f'{name}: no image of class {images.class_names[int(counts.argmin())]!r}.')
     if known is not None:
         _check_known(images, known, split, own_labels, name)
+
+
+def _check_text(class_names: Sequence[str], name: str) -> None:
+    """Names of folders may be any bytes; what they stand for is written to files in UTF-8."""
+    for class_name in class_names:
+        try:
+            class_name.encode('utf-8')
+        except UnicodeEncodeError as error:
+            raise ValueError(f'{name}: the name of class {class_name!r} is not UTF-8; rename it.') from error
 
 
 def _check_known(images: Images, known: str, split: str, own_labels: bool, name: str) -> None:

@@ -77,7 +77,9 @@ def explain(
     with torch.no_grad():
         top = trained.model(image)[0].softmax(0).topk(min(_TOPK, trained.model.num_classes))
     indices = top.indices.tolist()
-    labels = {trained.class_name(index).replace('_', ' '): value for index, value in zip(indices, top.values.tolist())}
+    names = [trained.class_name(index) for index in indices]
+    spaced = [name.replace('_', ' ') for name in names]
+    labels = dict(zip(spaced if len(set(spaced)) == len(names) else names, top.values.tolist()))
 
     # What the net sees of the picture, large enough to look at.
     view_config = dict(config, input_size=(3, _VIEW_SIZE, _VIEW_SIZE), mean=(0., 0., 0.), std=(1., 1., 1.))
@@ -132,8 +134,11 @@ def build_demo(checkpoints: Sequence[str | Path] = ()) -> Any:
     first = str(checkpoints[0]) if checkpoints else BEST_PACKAGED
     for path in checkpoints:
         # A mistake shows now and not in the page.
-        if not any(isinstance(module, DenseBlock) for module in load(None, str(path)).model.modules()):
+        trained = load(None, str(path))
+        if not any(isinstance(module, DenseBlock) for module in trained.model.modules()):
             raise ValueError(f'{path}: expected a run of a Dense2Net or DenseNet of this package')
+        if trained.data_config['input_size'][0] != 3:
+            raise ValueError(f'{path}: expected a net for pictures in colour, of 3 channels')
 
     def classify(picture: Image.Image | None, name: str) -> tuple[Any, ...]:
         return explain(load(*sources[name]), picture) if picture is not None else (None, None, None)

@@ -11,7 +11,7 @@ from .files import replace_file
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ['has_matplotlib', 'new_figure', 'save_figure']
+__all__ = ['has_matplotlib', 'new_figure', 'plain_text', 'save_figure']
 
 _logger = logging.getLogger(__name__)
 
@@ -39,6 +39,11 @@ def new_figure(width: float, height: float) -> Figure | None:
     figure = Figure(figsize=(width, height), layout='constrained')
     FigureCanvasAgg(figure)
     return figure
+
+
+def plain_text(text: str) -> str:
+    """What matplotlib shows as this text, none of it taken for mathematics."""
+    return text.replace('$', r'\$')
 
 
 def save_figure(figure: Figure, path: str | os.PathLike[str], dpi: int = 120) -> None:

@@ -24,10 +24,12 @@ def replace_file(path: str | os.PathLike[str]) -> Iterator[Path]:
 
     The temporary name keeps the suffix of `path`, by which libraries choose a file format.
 
+    Where `path` is a link, the file that it leads to is replaced.
+
     Raises:
         OSError: If the file cannot be made; it names `path`.
     """
-    path = Path(path)
+    path = Path(os.path.realpath(path))
     temporary = path.with_name(f'.{path.stem}.{uuid.uuid4().hex}.tmp{path.suffix}')
     try:
         temporary.touch(exist_ok=False)
@@ -46,12 +48,14 @@ def output_file(name: str) -> Path:
     """The path of a file that a command is to write, as an argument's type.
 
     Raises:
-        argparse.ArgumentTypeError: If there is no folder to write it to, that cannot be written to, or it has
-            the file's name.
+        argparse.ArgumentTypeError: If there is no folder to write it to, that cannot be written to, or something
+            else than a file has its name, such as a folder or a device.
     """
     path = Path(name)
     if path.is_dir():
         raise argparse.ArgumentTypeError(f'{name} is a folder: name a file')
+    if path.exists() and not path.is_file():
+        raise argparse.ArgumentTypeError(f'{name} is no regular file: name one, or a new one')
     if not path.parent.is_dir():
         raise argparse.ArgumentTypeError(f'{name}: there is no folder {path.parent}')
     if not os.access(path.parent, os.W_OK | os.X_OK):
@@ -60,9 +64,9 @@ def output_file(name: str) -> Path:
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Writes a text file in UTF-8, in one step."""
+    """Writes a text file in UTF-8, in one step; names of files that are not UTF-8 as the bytes that they are."""
     with replace_file(path) as temporary:
-        temporary.write_text(text, encoding='utf-8')
+        temporary.write_text(text, encoding='utf-8', errors='surrogateescape')
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:

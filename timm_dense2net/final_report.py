@@ -16,7 +16,7 @@ from timm.utils import accuracy
 
 from .calibration import check_logits, expected_calibration_error
 from .cifar import CIFAR100_CLASSES, CIFAR100_SUPERCLASS_OF, CIFAR100_SUPERCLASSES
-from .figures import new_figure, save_figure
+from .figures import new_figure, plain_text, save_figure
 from .files import write_csv, write_json
 
 if TYPE_CHECKING:
@@ -77,8 +77,8 @@ def write_final_report(
         run_dir / 'confusion_matrix.csv',
         ('true \\ predicted', *class_names),
         ((name, *row) for name, row in zip(class_names, confusion.tolist())))
-    _draw_confusion_matrix(run_dir / 'confusion_matrix.png', confusion, class_names, superclass, figures['top1'])
     write_json(run_dir / 'report.json', figures)
+    _draw_confusion_matrix(run_dir / 'confusion_matrix.png', confusion, class_names, superclass, figures['top1'])
     return figures
 
 
@@ -155,7 +155,7 @@ def _draw_confusion_matrix(
     # The square root lets the rare confusions be seen beside a diagonal that is ten times as strong; never is white.
     image = axes.imshow(share[order][:, order].numpy(), cmap='magma_r', norm=PowerNorm(0.5, vmin=0, vmax=100))
     if num_classes <= 160:
-        names = [class_names[index].replace('_', ' ') for index in order]
+        names = [plain_text(class_names[index].replace('_', ' ')) for index in order]
         axes.set_xticks(range(num_classes), names, rotation=90, fontsize=8)
         axes.set_yticks(range(num_classes), names, fontsize=8)
     axes.tick_params(length=2, color=_GREY)

@@ -215,7 +215,7 @@ def hold_out_split(
         What is left, and what is held out; both keep the order of ``images``.
 
     Raises:
-        ValueError: ``count`` leaves nothing on one side.
+        ValueError: ``count`` leaves nothing on one side, or nothing to train on of a class.
     """
     if not 0 < count < len(images):
         raise ValueError(f'{count} images cannot be held out of {len(images)}; give 1 to {len(images) - 1}.')
@@ -225,6 +225,11 @@ def hold_out_split(
     shares = sizes * (count / len(labels))
     takes = np.floor(shares).astype(np.int64)
     takes[np.argsort(takes - shares, kind='stable')[:count - takes.sum()]] += 1
+    taken = np.flatnonzero((takes == sizes) & (sizes > 0))
+    if len(taken):
+        raise ValueError(
+            f'{count} images held out would be all of class {images.class_names[taken[0]]!r}, which has '
+            f'{sizes[taken[0]]}; hold out fewer.')
     rng = np.random.default_rng((HOLD_OUT_STREAM, seed))
     held = np.zeros(len(labels), dtype=bool)
     for label, take in enumerate(takes):

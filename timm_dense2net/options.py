@@ -1,6 +1,6 @@
 """Arguments of `train_cifar.py`: timm's names for what timm's train.py has, recipes, and what cannot go together.
 
-A value comes from, in order of rising precedence: the defaults here (the deck's SGD recipe), a recipe, the arguments
+A value comes from, in order of rising precedence: the defaults here (the deck's SGD recipe), a recipe or the arguments
 saved with a run that is resumed, the command line.
 """
 from __future__ import annotations
@@ -569,6 +569,9 @@ def _check_ranges(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value is not None and not holds(value):
             raise ValueError(f'{_option(name)} must be {wanted}, got {value}')
+    if args.decay_milestones != sorted({max(epoch, 1) for epoch in args.decay_milestones}):
+        raise ValueError(
+            f'--decay-milestones must be epochs from 1 on, each above the one before, got {args.decay_milestones}')
     if args.sched == 'plateau' and args.decay_rate >= 1:
         raise ValueError(f'--decay-rate must be below 1 for --sched plateau, got {args.decay_rate}')
 

@@ -241,7 +241,8 @@ def main(argv: list[str] | None = None) -> int:
         if args.output:
             write_text(args.output, text)
         else:
-            sys.stdout.write(text)
+            # The names of files may be any bytes.
+            sys.stdout.write(text.encode('utf-8', 'backslashreplace').decode('utf-8'))
     except (OSError, ValueError) as e:
         print(f'error: {e}', file=sys.stderr)
         return 2

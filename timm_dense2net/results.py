@@ -195,7 +195,7 @@ def read_results(path: str | Path) -> list[RunResult]:
         ValueError: If it cannot be read, a column is missing or a value is not what it should be.
     """
     try:
-        with open(path, newline='', encoding='utf-8') as f:
+        with open(path, newline='', encoding='utf-8-sig') as f:  # Excel writes a mark at its beginning
             reader = csv.DictReader(f)
             missing = [name for name in COLUMNS if name not in (reader.fieldnames or [])]
             if missing:
@@ -203,6 +203,8 @@ def read_results(path: str | Path) -> list[RunResult]:
             rows = list(reader)
     except OSError as e:
         raise ValueError(f'{path}: {e.strerror}') from None
+    except csv.Error as e:
+        raise ValueError(f'{path}: {e}') from None
     results = []
     for line, row in enumerate(rows, start=2):
         try:

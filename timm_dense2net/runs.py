@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 import argparse
+import csv
 import shutil
 from collections.abc import Callable
 from datetime import datetime
@@ -29,6 +30,7 @@ from .curves import update_curves
 from .distributed import Processes
 from .engine import predict
 from .environment import environment, source_commit
+from .errors import one_line
 from .files import LEFTOVERS, replace_file, write_json, write_text
 from .final_report import write_final_report
 from .options import ARGS_FILE, public_args, saved_args
@@ -108,6 +110,7 @@ class RunFolder:
         if not args.resume:  # one may have been begun since that was looked at
             _check_free(self.path)
         self._remove_leftovers()
+        self._check_summary()
         write_text(self.path / ARGS_FILE, yaml.safe_dump(saved_args(args), sort_keys=False))
         # Of the code that trains: the checkout may be another when the run ends.
         self.commit = source_commit()
@@ -132,6 +135,22 @@ class RunFolder:
         """Removes temporary files of a process that was killed while it wrote."""
         for path in self.path.glob(LEFTOVERS):
             path.unlink()
+
+    def _check_summary(self) -> None:
+        """Refuses a summary that timm could not add an epoch to, before one is trained."""
+        path = self.path / 'summary.csv'
+        if not path.exists():
+            return
+        try:
+            with open(path, newline='', encoding='utf-8') as f:
+                epochs = [row[0] for row in csv.reader(f) if row]
+            if epochs and epochs[0] != 'epoch':
+                raise ValueError(f"its first column is {epochs[0]!r}, not 'epoch'")
+            for epoch in epochs[1:]:
+                float(epoch)
+        except (ValueError, csv.Error) as e:
+            raise ValueError(
+                f"{path}: not as timm's update_summary writes it ({one_line(e)}): put it right or move it") from e
 
     def add_epoch(self, epoch: int, train: dict[str, float], evaluation: dict[str, float], lr: float) -> None:
         """Adds an epoch's row, in place of what an earlier process wrote of it and later ones, and draws the curves."""

@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from threading import current_thread, main_thread
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -62,7 +63,8 @@ class Interrupted(Exception):
 class StopSignal:
     """Notes SIGTERM and SIGINT so that the loop can end between two steps. A second SIGINT acts at once.
 
-    It can be entered again within itself, by a loop of runs and by each of them.
+    It can be entered again within itself, by a loop of runs and by each of them. Signals are the main thread's: in
+    another one it notes nothing.
     """
 
     def __init__(self):
@@ -70,8 +72,8 @@ class StopSignal:
         self._previous = []
 
     def __enter__(self) -> StopSignal:
-        self._previous.append(
-            {signum: signal.signal(signum, self._note) for signum in (signal.SIGTERM, signal.SIGINT)})
+        signums = (signal.SIGTERM, signal.SIGINT) if current_thread() is main_thread() else ()
+        self._previous.append({signum: signal.signal(signum, self._note) for signum in signums})
         return self
 
     def __exit__(self, *_) -> None:
@@ -246,13 +248,20 @@ class Trainer:
             raise TrainingError(
                 f'{e.filename or self.path}: {e.strerror or e}; the last whole state is kept, put this right and go on'
                 f' with --resume {self.path}') from e
+        except torch.OutOfMemoryError as e:
+            raise TrainingError(
+                f'{one_line(e)} A smaller --batch-size or --grad-checkpointing takes less; the last whole state is in'
+                f' {self.path}') from e
 
     def _forget_best_of_an_epoch_undone(self) -> None:
         """Where best.safetensors is of an epoch after the state, the weights that the state calls best are gone."""
         undone = False
         if self.folder is not None and self.updates and not self.finished:
             file = self.folder.path / 'best.safetensors'
-            undone = file.is_file() and int(load_metadata(file).get('epoch', 0)) >= self.epoch
+            try:
+                undone = file.is_file() and int(load_metadata(file).get('epoch', 0)) >= self.epoch
+            except ValueError:  # damaged
+                undone = True
         if self.processes.broadcast(undone):
             self.best = {}
 
@@ -424,6 +433,7 @@ class Trainer:
         return dict(
             position=dict(epoch=self.epoch, batches_done=self.batches_done, updates=self.updates),
             epoch_size=self._epoch_size(),
+            weights_metadata=self.weights_metadata,
             model=self.model.state_dict(),
             ema=self.ema.module.state_dict() if self.ema is not None else None,
             optimizer=self.optimizer.state_dict(),
