@@ -69,9 +69,9 @@ def test_weights_with_the_same_stem_are_refused():
 
 def test_packaged_weights_by_name(tmp_path, capsys):
     output = tmp_path / 'large.safetensors'
-    assert main(['dense2net121_s4.short_s4_c100', '--model', 'dense2net121d_s4', '--output', str(output)]) == 0
+    assert main(['dense2net121_s4.merged_s4_c100', '--model', 'dense2net121d_s4', '--output', str(output)]) == 0
     trained = load_trained(checkpoint=output)
-    packaged = timm.create_model('dense2net121_s4.short_s4_c100', pretrained=True)
+    packaged = timm.create_model('dense2net121_s4.merged_s4_c100', pretrained=True)
     assert torch.equal(trained.model.features.norm5.weight, packaged.features.norm5.weight)
     assert trained.class_names[0] == 'apple'
 

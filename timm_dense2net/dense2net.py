@@ -854,7 +854,7 @@ def _cfg_224(**kwargs) -> Dict[str, Any]:
 default_cfgs = generate_default_cfgs({
     'densenet121_cifar.untrained': _cfg(paper_ids='arXiv:1608.06993', origin_url='https://arxiv.org/abs/1608.06993'),
     'dense2net121_s2.sprint_s2_c100': _cfg(file=packaged_file('dense2net121_s2.sprint_s2_c100')),
-    'dense2net121_s4.short_s4_c100': _cfg(file=packaged_file('dense2net121_s4.short_s4_c100')),
+    'dense2net121_s4.merged_s4_c100': _cfg(file=packaged_file('dense2net121_s4.merged_s4_c100')),
     'dense2net121_s8.sprint_c100': _cfg(file=packaged_file('dense2net121_s8.sprint_c100')),
     'dense2net121_s8.short_ft7_c100': _cfg(file=packaged_file('dense2net121_s8.short_ft7_c100')),
     'dense2net121_s4_c32.untrained': _cfg(),
