@@ -301,10 +301,10 @@ def build_trainer(
     """
     # The same first weights in every process, then each its own random numbers.
     random_seed(args.seed)
-    recorded = {} if state is None else state.get('weights_metadata', {})  # earlier states have none
-    _check_classes_of(recorded, data.train)
+    begun_with = {} if state is None else state.get('begun_with', {})  # earlier states have none
+    _check_classes_of(begun_with, data.train)
     model = build_model(
-        args, data.train, with_weights=state is None, conversion=json.loads(recorded.get(METADATA_KEY, 'null')))
+        args, data.train, with_weights=state is None, conversion=json.loads(begun_with.get(METADATA_KEY, 'null')))
     model = model.to(processes.device)
     model = model.to(memory_format=torch.channels_last) if args.channels_last else model
     random_seed(args.seed, processes.rank)
@@ -317,9 +317,9 @@ def build_trainer(
     return trainer
 
 
-def _check_classes_of(recorded: Mapping[str, str], images: Images) -> None:
+def _check_classes_of(begun_with: Mapping[str, str], images: Images) -> None:
     """Refuses images of other classes than those that a resumed run began with."""
-    names = json.loads(recorded.get('class_names', 'null'))
+    names = json.loads(begun_with.get('class_names', 'null'))
     if names is None or tuple(names) == images.class_names:
         return
     before, now = next((a, b) for a, b in zip_longest(names, images.class_names) if a != b)

@@ -28,6 +28,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from tqdm import tqdm
 
 from .checkpoint import first_not_finite, load_metadata, save_state, save_weights
+from .convert import METADATA_KEY
 from .distillation import Distillation
 from .distributed import Processes
 from .engine import TrainLoss, TrainStep, autocast_factory, evaluate
@@ -42,6 +43,9 @@ if TYPE_CHECKING:
 __all__ = ['Interrupted', 'StopSignal', 'Trainer', 'TrainingError']
 
 _logger = logging.getLogger(__name__)
+
+# Of the weights' metadata, what a run that is resumed needs to be the same.
+_BEGUN_WITH = ('class_names', METADATA_KEY)
 
 
 class TrainingError(RuntimeError):
@@ -433,7 +437,7 @@ class Trainer:
         return dict(
             position=dict(epoch=self.epoch, batches_done=self.batches_done, updates=self.updates),
             epoch_size=self._epoch_size(),
-            weights_metadata=self.weights_metadata,
+            begun_with={key: self.weights_metadata[key] for key in _BEGUN_WITH if key in self.weights_metadata},
             model=self.model.state_dict(),
             ema=self.ema.module.state_dict() if self.ema is not None else None,
             optimizer=self.optimizer.state_dict(),
