@@ -22,7 +22,7 @@ from timm.utils import random_seed, reparameterize_model
 from .augment import ProgressiveResize
 from .checkpoint import check_finite, load_metadata
 from .convert import (
-    METADATA_KEY, conversion_metadata, convert_res2net, load_converted, reapply_conversion, recorded_conversion)
+    conversion_in, conversion_metadata, convert_res2net, load_converted, reapply_conversion, recorded_conversion)
 from .data import check_same_classes, load_images
 from .distillation import Distillation, loss_weights
 from .distributed import Processes
@@ -303,8 +303,7 @@ def build_trainer(
     random_seed(args.seed)
     begun_with = {} if state is None else state.get('begun_with', {})  # earlier states have none
     _check_classes_of(begun_with, data.train)
-    model = build_model(
-        args, data.train, with_weights=state is None, conversion=json.loads(begun_with.get(METADATA_KEY, 'null')))
+    model = build_model(args, data.train, with_weights=state is None, conversion=conversion_in(begun_with))
     model = model.to(processes.device)
     model = model.to(memory_format=torch.channels_last) if args.channels_last else model
     random_seed(args.seed, processes.rank)
@@ -319,8 +318,10 @@ def build_trainer(
 
 def _check_classes_of(begun_with: Mapping[str, str], images: Images) -> None:
     """Refuses images of other classes than those that a resumed run began with."""
-    names = json.loads(begun_with.get('class_names', 'null'))
-    if names is None or tuple(names) == images.class_names:
+    if 'class_names' not in begun_with:
+        return
+    names = json.loads(begun_with['class_names'])
+    if tuple(names) == images.class_names:
         return
     before, now = next((a, b) for a, b in zip_longest(names, images.class_names) if a != b)
     raise ValueError(f'the run began on other classes: {before!r} where the data have {now!r}')

@@ -27,8 +27,7 @@ from .files import replace_file
 
 __all__ = [
     'CHECKPOINT_FILE', 'PREVIOUS_FILE', 'CorruptCheckpointError', 'save_state', 'load_state', 'read_state_bytes',
-    'save_weights', 'load_weights', 'load_metadata', 'check_finite',
-    'first_not_finite',
+    'save_weights', 'load_weights', 'load_metadata', 'check_finite', 'first_not_finite',
 ]
 
 _logger = logging.getLogger(__name__)

@@ -27,8 +27,8 @@ from .errors import one_line
 from .names import check_model_name
 
 __all__ = [
-    'convert_res2net', 'reapply_conversion', 'conversion_metadata', 'recorded_conversion', 'load_converted',
-    'METADATA_KEY',
+    'convert_res2net', 'reapply_conversion', 'conversion_metadata', 'conversion_in', 'recorded_conversion',
+    'load_converted', 'METADATA_KEY',
 ]
 
 _logger = logging.getLogger(__name__)
@@ -212,6 +212,11 @@ def conversion_metadata(model: nn.Module) -> dict[str, str]:
     return {} if conversion is None else {METADATA_KEY: json.dumps(conversion)}
 
 
+def conversion_in(metadata: Mapping[str, str]) -> dict[str, Any] | None:
+    """The conversion that `conversion_metadata` recorded; None where metadata hold none."""
+    return json.loads(metadata[METADATA_KEY]) if METADATA_KEY in metadata else None
+
+
 def recorded_conversion(path: str | os.PathLike[str]) -> dict[str, Any] | None:
     """The conversion that a file of weights records; None where it records none or is no safetensors file.
 
@@ -221,8 +226,7 @@ def recorded_conversion(path: str | os.PathLike[str]) -> dict[str, Any] | None:
     """
     if Path(path).suffix != '.safetensors':
         return None
-    metadata = load_metadata(path)
-    return json.loads(metadata[METADATA_KEY]) if METADATA_KEY in metadata else None
+    return conversion_in(load_metadata(path))
 
 
 def load_converted(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:

@@ -16,7 +16,7 @@ from timm.models import get_arch_name
 
 from .checkpoint import check_finite, load_weights
 from .cifar import CIFAR100_CLASSES
-from .convert import METADATA_KEY, reapply_conversion
+from .convert import conversion_in, reapply_conversion
 from .data import load_images
 from .errors import one_line
 from .hub import LOAD_ERRORS, check_weights, explain_hub_error
@@ -125,8 +125,9 @@ def load_checkpoint_model(
         raise ValueError(f'{path} does not say which model it is of: name it with --model')
     try:
         model = _create_for(name, weights, metadata, model_kwargs or {})
-        if METADATA_KEY in metadata:
-            reapply_conversion(model, json.loads(metadata[METADATA_KEY]))
+        conversion = conversion_in(metadata)
+        if conversion is not None:
+            reapply_conversion(model, conversion)
         model.load_state_dict(weights)
     except (AssertionError, RuntimeError, TypeError) as e:
         why = one_line(e) if held in (None, get_arch_name(name)) else f'it is of {held}'
