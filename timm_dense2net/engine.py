@@ -9,12 +9,12 @@ import torch
 import torch.nn as nn
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.models import model_parameters
-from timm.utils import NativeScaler, dispatch_clip_grad
+from timm.utils import NativeScaler, accuracy, dispatch_clip_grad
 
 from .cuda_graph import CapturedPass
 from .distillation import Distillation
 
-__all__ = ['Batch', 'TrainLoss', 'TrainStep', 'autocast_factory', 'evaluate', 'predict']
+__all__ = ['Batch', 'TrainLoss', 'TrainStep', 'autocast_factory', 'evaluate', 'predict', 'top_accuracies']
 
 # Normalised images (B, C, H, W), and class indices (B,) or class weights (B, number of classes).
 Batch = tuple[torch.Tensor, torch.Tensor]
@@ -187,3 +187,9 @@ def predict(
     """All (N, C) float32 logits and (N,) targets, on the CPU; the model is left in evaluation mode."""
     outputs = [(logits.cpu(), targets.cpu()) for logits, targets in _logits(model, batches, autocast)]
     return torch.cat([logits for logits, _ in outputs]), torch.cat([targets for _, targets in outputs])
+
+
+def top_accuracies(logits: torch.Tensor, targets: torch.Tensor) -> dict[str, float]:
+    """top1 and top5 in percent, with four decimals, of (N, C) logits and (N,) class indices."""
+    top1, top5 = accuracy(logits, targets, topk=(1, 5))
+    return dict(top1=round(top1.item(), 4), top5=round(top5.item(), 4))

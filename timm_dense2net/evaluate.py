@@ -13,13 +13,13 @@ from typing import Any
 
 import torch
 import torch.nn as nn
-from timm.utils import accuracy, reparameterize_model
+from timm.utils import reparameterize_model
 from tqdm import tqdm
 
 from .calibration import check_logits, cross_fit_calibration
 from .corruptions import CORRUPTIONS, corrupt
 from .distributed import find_device
-from .engine import predict
+from .engine import predict, top_accuracies
 from .files import output_file, write_json
 from .images import ImageArrays, Images
 from .loader import BatchLoader
@@ -81,16 +81,16 @@ def evaluate(
     run = functools.partial(
         _predict, device=device, batch_size=batch_size, mean=config['mean'], std=config['std'])
     logits, targets = run(model, images, 'test')
-    figures = dict(samples=len(targets), **_top(logits, targets))
+    figures = dict(samples=len(targets), **top_accuracies(logits, targets))
     if tta_flip:
-        averaged = _top(*run(FlipAverage(model), images, 'flip'))
+        averaged = top_accuracies(*run(FlipAverage(model), images, 'flip'))
         figures |= {f'{name}_flip': value for name, value in averaged.items()}
     if calibration:
         figures['calibration'] = cross_fit_calibration(logits, targets, seed)
     if corruptions:
         figures['corruptions'] = {
             name: [
-                _top(*run(model, _corrupted(images, name, severity, seed), f'{name} {severity}'))['top1']
+                top_accuracies(*run(model, _corrupted(images, name, severity, seed), f'{name} {severity}'))['top1']
                 for severity in range(1, len(parameters) + 1)]
             for name, (_, parameters) in CORRUPTIONS.items()}
     return figures
@@ -101,11 +101,6 @@ def _predict(model, images, name, *, device, batch_size, mean, std) -> tuple[tor
     logits, targets = predict(model, tqdm(loader.epoch(0), total=len(loader), desc=name, leave=False))
     check_logits(logits, targets)
     return logits, targets
-
-
-def _top(logits: torch.Tensor, targets: torch.Tensor) -> dict[str, float]:
-    top1, top5 = accuracy(logits, targets, topk=(1, 5))
-    return dict(top1=round(top1.item(), 4), top5=round(top5.item(), 4))
 
 
 def _corrupted(arrays: ImageArrays, name: str, severity: int, seed: int) -> ImageArrays:

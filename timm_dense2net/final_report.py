@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from timm.utils import accuracy
 
 from .calibration import check_logits, expected_calibration_error
 from .cifar import CIFAR100_CLASSES, CIFAR100_SUPERCLASS_OF, CIFAR100_SUPERCLASSES
+from .engine import top_accuracies
 from .figures import new_figure, plain_text, save_figure
 from .files import write_csv, write_json
 
@@ -58,13 +58,8 @@ def write_final_report(
 
     run_dir = Path(run_dir)
     logits, targets = logits.detach().float().cpu(), targets.cpu()
-    top1, top5 = accuracy(logits, targets, topk=(1, 5))
     figures = dict(
-        top1=round(top1.item(), 4),
-        top5=round(top5.item(), 4),
-        ece=expected_calibration_error(logits, targets),
-        samples=len(targets),
-    )
+        top_accuracies(logits, targets), ece=expected_calibration_error(logits, targets), samples=len(targets))
 
     confusion = _confusion_matrix(logits.argmax(dim=1), targets, len(class_names))
     if superclass:
