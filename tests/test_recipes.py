@@ -134,6 +134,7 @@ def test_unknown_recipe_lists_those_there_are(capsys):
     (['--cuda-graph', '--grad-accum-steps', '2'], ['--cuda-graph', '--grad-accum-steps must be 1, got 2']),
     (['--cuda-graph', '--grad-checkpointing'], ['--cuda-graph', '--grad-checkpointing']),
     (['--cuda-graph', '--amp', '--amp-dtype', 'float16'], ['--cuda-graph', 'float16', 'bfloat16']),
+    (['--model-kwargs', 'scale=None'], ['--model-kwargs', 'scale=None', '--model']),
     (['--dataset', 'flowers\udcff'], ['--dataset', r"'flowers\udcff' is not UTF-8"]),
     (['--mean', '0.5', '--std', '0'], ['--std', '0']),
     (['--initial-img-size', '18', '--full-size-epoch', '2'], ['--initial-img-size must be a multiple of 4', 'got 18']),

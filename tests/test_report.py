@@ -136,9 +136,18 @@ def test_runs_of_no_packaged_recipe_tell_what_they_were_given(tmp_path):
     file = tmp_path / 'mine.yaml'
     file.write_text('lr: 0.3\n')
     own = make_run(tmp_path, 'own', dict(defaults, lr=0.3, epochs=7), recipe=str(file))
-    assert (read_run(own).recipe, read_run(own).overrides) == ('mine.yaml', 'epochs=7')
-    file.unlink()
-    assert read_run(own).overrides == 'epochs=7 lr=0.3'
+    assert (read_run(own).recipe, read_run(own).overrides) == ('mine.yaml', 'epochs=7 lr=0.3')
+
+
+def test_recipes_of_one_file_name_are_not_one_recipe(tmp_path):
+    defaults = vars(build_parser().parse_args([]))
+    runs = []
+    for name, lr in (('first', 0.05), ('second', 0.4)):
+        file = tmp_path / f'{name}_recipe' / 'args.yaml'
+        file.parent.mkdir()
+        file.write_text(f'lr: {lr}\n')
+        runs.append(read_run(make_run(tmp_path, name, dict(defaults, lr=lr), recipe=str(file))))
+    assert [len(row.runs) for row in summarise(runs)] == [1, 1]
 
 
 def test_other_first_weights_are_told(tmp_path):

@@ -233,7 +233,7 @@ def _run_layer(
         if isinstance(layer.attn, nn.Identity) and not drops:
             torch.mm(mid, weights.conv3, out=pixels[:, c:c + layer.growth_rate])
             return
-        y = torch.mm(mid, weights.conv3).view(*bottleneck.shape[:3], -1).permute(0, 3, 1, 2)
+        y = torch.mm(mid, weights.conv3).view(*bottleneck.shape[:3], layer.growth_rate).permute(0, 3, 1, 2)
     features[..., c:c + layer.growth_rate] = layer.drop_path(layer.attn(y)).permute(0, 2, 3, 1)
 
 

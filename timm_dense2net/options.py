@@ -619,6 +619,10 @@ def _check_progressive_resizing(args: argparse.Namespace) -> None:
 def _check_model_kwargs(args: argparse.Namespace) -> None:
     if args.model_kwargs.get('features_only'):
         raise ValueError('--model-kwargs: features_only leaves no classifier')
+    for name, value in args.model_kwargs.items():
+        if value is None:
+            raise ValueError(
+                f"--model-kwargs: timm drops {name}=None, and the model's own value stays: name another --model")
     for name, instead in _OWN_KWARGS.items():
         if name in args.model_kwargs and not args.eval_only:
             raise ValueError(f'--model-kwargs: {name} is set by {instead}')

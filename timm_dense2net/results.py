@@ -156,8 +156,8 @@ def _flatten(run: str, values: Mapping[str, Any], args: Mapping[str, Any]) -> di
 def _overrides(recipe: str, args: Mapping[str, Any], world_size: int) -> str:
     """What a run was given beyond its recipe, or without one beyond the defaults, as `name=value` words."""
     expected = vars(build_parser().parse_args([]))
-    # Of a recipe whose file is not here any more it is not known what stands in it: its runs show all they were given.
-    if recipe in list_recipes() or Path(recipe).is_file():
+    # What stands in a recipe's own file is not told by the file's name: its runs show all they were given.
+    if recipe in list_recipes():
         expected |= load_recipe(recipe)
     args = {**args, 'model_kwargs': public_model_kwargs(args.get('model_kwargs') or {})}
     # A path is not told: that weights were given is. Spaces stand between words only.
