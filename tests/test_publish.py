@@ -329,11 +329,12 @@ def test_packaged_weights_that_a_run_starts_from_are_told(run):
 
 
 @pytest.mark.parametrize('dataset, told, option', [
-    ('hfds/somebody/cifar100', 'hfds/uoft-cs/cifar100', '--data-dir'),
-    ('hfds/them/birds', 'hfds/them/birds', '--data-dir'),
+    ('hfds/somebody/cifar100', 'hfds/uoft-cs/cifar100', None),
+    ('hfds/them/birds', 'hfds/them/birds', None),
+    ('torch/emnist', 'torch/emnist', '--data-dir'),
     ('hfds/somebody/birds', 'birds', '--dataset'),
     ('/home/somebody/birds', 'birds', '--dataset'),
-    ('digits', 'digits', '--data-dir'),
+    ('digits', 'digits', None),
 ])
 def test_data_in_a_folder_is_told_without_its_place(run, monkeypatch, dataset, told, option):
     monkeypatch.chdir(run.parent)
@@ -343,7 +344,8 @@ def test_data_in_a_folder_is_told_without_its_place(run, monkeypatch, dataset, t
     (run / 'args.yaml').write_text(yaml.safe_dump(args | dict(dataset=dataset)))
     folder = write_hub_folder(run, REPO, run / 'hub')
     assert load_recipe(str(folder / 'recipe.yaml'))['dataset'] == told
-    assert f'again; `{option}` says where the data is)' in (folder / 'README.md').read_text()
+    left_out = f'; `{option}` says where the data is' if option else ''
+    assert f'trains it again{left_out}), the' in (folder / 'README.md').read_text()
 
 
 def test_data_are_named_as_training_found_them(run):

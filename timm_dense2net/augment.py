@@ -119,7 +119,10 @@ def draw_images(config: AugmentConfig, count: int, size: tuple[int, int], rng: n
 
 
 def draw_mix(config: AugmentConfig, count: int, size: tuple[int, int], rng: np.random.Generator) -> MixDraws:
-    """Draw Mixup's and CutMix's parameters image by image, as timm's ``Mixup(mode='elem')`` does."""
+    """Draw Mixup's and CutMix's parameters image by image, as timm's ``Mixup(mode='elem')`` does.
+
+    But a box of an odd side is that wide here; timm's is one pixel narrower.
+    """
     use_cutmix = rng.random(count) < (config.mixup_switch_prob if config.mixup > 0. else 1.)
     if config.cutmix == 0.:
         use_cutmix[:] = False

@@ -32,7 +32,7 @@ from .hub import LOAD_ERRORS
 from .images import PREPROCESSING, Images, dataset_stats, hold_out_split
 from .loader import BatchLoader
 from .meta import check_input
-from .names import check_model_name
+from .names import check_model_or_source
 from .options import augment_config, build_parser, public_args, public_model_kwargs, saved_args, weight_kwargs
 from .start import freeze_stages, pretrained_overlay, start_file
 from .trained import TrainedModel, check_fits, load_test_split, load_trained, weights_config, weights_file
@@ -110,7 +110,7 @@ def _stats_of_channels(
 
 def _pretrained_stats(args: argparse.Namespace) -> tuple[Sequence[float], Sequence[float]]:
     """Mean and standard deviation that the pretrained weights were trained with."""
-    _check_model_name(args.model)
+    check_model_or_source(args.model)
     given = weights_config(load_metadata(start_file(args.pretrained_path))) if args.pretrained_path else {}
     try:
         # Created, as the configuration of a model on the Hub or in a folder is read with it.
@@ -118,11 +118,6 @@ def _pretrained_stats(args: argparse.Namespace) -> tuple[Sequence[float], Sequen
     except LOAD_ERRORS as e:
         raise ValueError(f'{args.model}: {one_line(e)}') from e
     return cfg['mean'], cfg['std']
-
-
-def _check_model_name(model: str) -> None:
-    if ':' not in model:  # timm's hf-hub: or local-dir:
-        check_model_name(model)
 
 
 def build_model(
@@ -142,7 +137,7 @@ def build_model(
     Raises:
         ValueError: If timm has no such model, it does not take the arguments or the weights, or cannot be converted.
     """
-    _check_model_name(args.model)
+    check_model_or_source(args.model)
     initial = args.initial_checkpoint if with_weights else None
     if initial and not Path(initial).is_file():
         raise ValueError(
@@ -271,8 +266,6 @@ def build_distillation(args: argparse.Namespace, data: RunData, device: torch.de
 
 
 def _load_teacher(args: argparse.Namespace, images: Images) -> TrainedModel:
-    if args.kd_model_name:
-        _check_model_name(args.kd_model_name)
     teacher = load_trained(args.kd_model_name, args.kd_pretrained_path)
     check_fits(teacher, images)
     _check_progressive_sizes(args, teacher.name, teacher.model, tuple(images.image_shape))

@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
@@ -81,9 +81,7 @@ def model_card(
     dataset_name = _dataset_names(result)[1]
     start, missing_start = _start(args)
     teacher, missing_teacher = _teacher(args)
-    left_out = missing_start + missing_teacher
-    # Of data in a folder the name alone is told, of all others timm's name, which has a kind before a slash.
-    place = '--data-dir' if '/' in dataset or dataset == 'digits' else '--dataset'
+    left_out = _left_out([_data_option(dataset), missing_start, missing_teacher])
     # Batch size and batch statistics are those of a process.
     command = 'python' if processes == 1 else f'torchrun --nproc-per-node {processes}'
     epoch = 'the epoch that was best on held-out images' if result.hold_out else 'the last epoch'
@@ -133,7 +131,7 @@ for probability, index in zip(*probabilities.topk(min(5, model.num_classes))):
 ## Training
 
 All arguments are in `recipe.yaml` (in a checkout of timm_dense2net `{command} train_cifar.py --recipe recipe.yaml`
-trains it again; `{place}` says where the data is{left_out}), the figures of each epoch in `summary.csv`.
+trains it again{left_out}), the figures of each epoch in `summary.csv`.
 {_pictures(files)}
 ## Licence
 
@@ -191,17 +189,31 @@ def _front_matter(name: str, licence: str, result: RunResult, trained: TrainedMo
     )
 
 
+def _left_out(clauses: Iterable[str]) -> str:
+    """What the recipe cannot say, added to a sentence."""
+    clauses = [clause for clause in clauses if clause]
+    return f'; {", ".join(clauses)}' if clauses else ''
+
+
+def _data_option(dataset: str) -> str:
+    """The option that says where the data is; empty where the data set's name does."""
+    if dataset == 'digits' or dataset.startswith('hfds/'):
+        return ''
+    # Of data in a folder the name alone is told, of all others timm's name, which has a kind before a slash.
+    return f'`{"--data-dir" if "/" in dataset else "--dataset"}` says where the data is'
+
+
 def _start(args: Mapping[str, Any]) -> tuple[str, str]:
     """What a run started from, and what its recipe cannot say of it."""
     for name in ('initial_checkpoint', 'pretrained_path'):
         if args.get(name) and not is_place(name, args[name]):
             return f'the packaged weights `{args[name]}`', ''
         if args.get(name):
-            return 'weights of another run', f', `--{name.replace("_", "-")}` which weights it starts from'
+            return 'weights of another run', f'`--{name.replace("_", "-")}` says which weights it starts from'
     if not args.get('pretrained'):
         return 'random weights', ''
     if is_place('model', args['model']):
-        return 'weights of another run', ', `--pretrained-path` which weights it starts from'
+        return 'weights of another run', '`--pretrained-path` says which weights it starts from'
     return f'the weights of `{args["model"]}`' if args['model'].startswith('hf-hub:') else 'pretrained weights', ''
 
 
@@ -209,7 +221,7 @@ def _teacher(args: Mapping[str, Any]) -> tuple[str, str]:
     """The same of its teacher."""
     for name in ('kd_pretrained_path', 'kd_model_name'):
         if args.get(name) and is_place(name, args[name]):
-            return ', with a teacher from another run', f', `--{name.replace("_", "-")}` which teacher it has'
+            return ', with a teacher from another run', f'`--{name.replace("_", "-")}` says which teacher it has'
     return (f', with `{args["kd_model_name"]}` as its teacher', '') if args.get('kd_model_name') else ('', '')
 
 

@@ -21,6 +21,7 @@ import safetensors
 import safetensors.torch
 import timm
 import torch
+from timm.utils import load_checkpoint_metadata
 
 from .errors import one_line
 from .files import replace_file
@@ -230,8 +231,7 @@ def _is_torch_file(path: str | os.PathLike[str]) -> bool:
 
 def _torch_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
     # timm's train.py keeps its arguments beside the weights.
-    with torch.serialization.safe_globals([argparse.Namespace]):
-        checkpoint = torch.load(path, map_location='cpu', weights_only=True, mmap=True)
+    checkpoint = load_checkpoint_metadata(path)
     checkpoint = checkpoint if isinstance(checkpoint, Mapping) else {}
     name, args = checkpoint.get('arch'), checkpoint.get('args')
     args = vars(args) if isinstance(args, argparse.Namespace) else {}

@@ -291,14 +291,10 @@ def res2net_converted(
     return model
 
 
-def _create(name: str, num_classes: int | None) -> nn.Module:
-    check_model_name(name)
-    return timm.create_model(name, device='meta', **({} if num_classes is None else {'num_classes': num_classes}))
-
-
 def _report(name: str, scale: int, num_classes: int | None, img_size: int | None) -> str:
     """Text on what converting a model replaces, and its size before and after."""
-    model = _create(name, num_classes)
+    check_model_name(name)
+    model = timm.create_model(name, num_classes=num_classes, device='meta')  # of which timm drops None
     chans, height, width = model.pretrained_cfg['input_size']
     input_size = (chans, img_size or height, img_size or width)
     before = count_params(model), count_macs(model, input_size)

@@ -106,11 +106,9 @@ class BatchLoader:
     def __len__(self) -> int:
         """Steps of an epoch on this process."""
         if self.train:
-            images, batch = len(self.labels), self.batch_size
-        else:
-            start, stop = self._eval_bounds()
-            images, batch = stop - start, self.batch_size // self.world_size
-        return images // batch if self.train else math.ceil(images / batch)
+            return len(self.labels) // self.batch_size
+        start, stop = self._eval_bounds()
+        return math.ceil((stop - start) / (self.batch_size // self.world_size))
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Batches of one epoch, from a step on.

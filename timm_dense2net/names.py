@@ -2,9 +2,9 @@
 import difflib
 from collections.abc import Iterable
 
-from timm.models import is_model, list_models, split_model_name_tag
+from timm.models import is_model, list_models, parse_model_name, split_model_name_tag
 
-__all__ = ['check_model_name', 'did_you_mean']
+__all__ = ['check_model_name', 'check_model_or_source', 'did_you_mean']
 
 
 def did_you_mean(name: str, names: Iterable[str]) -> str:
@@ -21,3 +21,13 @@ def check_model_name(name: str) -> None:
     """
     if not is_model(name):
         raise ValueError(f"timm has no model '{name}'{did_you_mean(split_model_name_tag(name)[0], list_models())}")
+
+
+def check_model_or_source(name: str) -> None:
+    """As `check_model_name`, of a name that may also be a model's on the Hub (`hf-hub:`) or in a folder (`local-dir:`).
+
+    Raises:
+        ValueError: Also if timm has no such source.
+    """
+    if parse_model_name(name)[0] is None:
+        check_model_name(name)

@@ -58,11 +58,15 @@ _OWN_KWARGS = dict(
     num_classes='--num-classes', in_chans='the channels of the images', drop_rate='--drop',
     drop_path_rate='--drop-path', pretrained='--pretrained', checkpoint_path='--initial-checkpoint')
 
+# Arguments that only tell how fast a run goes.
+SPEED_ARGS = frozenset((
+    'validation_batch_size', 'channels_last', 'grad_checkpointing', 'torchcompile', 'torchcompile_layers',
+    'cuda_graph'))
+
 # What a resumed run may change: where things are, how the host works, how fast it goes, how long it lasts.
-_MAY_CHANGE = HOST_ARGS | {
-    'output', 'experiment', 'recipe', 'data_dir', 'kd_pretrained_path', 'batch_size', 'validation_batch_size',
-    'grad_accum_steps', 'epochs', 'early_stop_patience', 'channels_last', 'grad_checkpointing', 'torchcompile',
-    'torchcompile_layers', 'cuda_graph', 'dist_bn', 'sync_bn'}
+_MAY_CHANGE = HOST_ARGS | SPEED_ARGS | {
+    'output', 'experiment', 'recipe', 'data_dir', 'kd_pretrained_path', 'batch_size', 'grad_accum_steps', 'epochs',
+    'early_stop_patience', 'dist_bn', 'sync_bn'}
 
 
 # Option, what it must be, and whether a value is that; text is as it stands in the message.

@@ -17,14 +17,14 @@ from .deck import DECK
 from .errors import one_line
 from .files import write_csv
 from .options import (
-    ARGS_FILE, HOST_ARGS, build_parser, is_place, list_recipes, load_recipe, public_model_kwargs, recipe_name)
+    ARGS_FILE, HOST_ARGS, SPEED_ARGS, build_parser, is_place, list_recipes, load_recipe, public_model_kwargs,
+    recipe_name)
 
 __all__ = ['COLUMNS', 'RunResult', 'read_run', 'read_results', 'write_results', 'merge_results', 'table_order']
 
 # Arguments that say where, when and how fast a run was made, not what was trained.
-_NOT_OVERRIDES = HOST_ARGS | {
-    'recipe', 'model', 'seed', 'output', 'experiment', 'dataset', 'data_dir', 'input_key', 'validation_batch_size',
-    'channels_last', 'grad_checkpointing', 'torchcompile', 'torchcompile_layers', 'cuda_graph', 'sync_bn', 'dist_bn',
+_NOT_OVERRIDES = HOST_ARGS | SPEED_ARGS | {
+    'recipe', 'model', 'seed', 'output', 'experiment', 'dataset', 'data_dir', 'input_key', 'sync_bn', 'dist_bn',
     'num_classes', 'mean', 'std', 'batch_size', 'grad_accum_steps'}
 
 

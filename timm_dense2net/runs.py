@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import json
 import shutil
 from collections.abc import Callable
 from datetime import datetime
@@ -20,7 +21,7 @@ from typing import Any
 
 import yaml
 from filelock import FileLock, Timeout
-from timm.models import get_arch_name, is_model, safe_model_name
+from timm.models import safe_model_name
 from timm.utils import trim_summary, unfreeze, update_summary
 
 from .build import RunData, build_loader
@@ -33,7 +34,7 @@ from .environment import environment, source_commit
 from .errors import one_line
 from .files import LEFTOVERS, replace_file, write_json, write_text
 from .final_report import write_final_report
-from .options import ARGS_FILE, public_args, saved_args
+from .options import ARGS_FILE, saved_args
 from .trainer import Trainer
 
 __all__ = ['RunFolder', 'read_resumed_state', 'write_run_results']
@@ -195,13 +196,13 @@ def write_run_results(args: argparse.Namespace, data: RunData, trainer: Trainer)
     unfreeze(model)
     world_size = trainer.processes.world_size
     images = trainer.epoch * len(trainer.train_loader) * args.batch_size * world_size
-    public = public_args(saved_args(args), args.model)
+    metadata = trainer.weights_metadata
     result = dict(
-        model=get_arch_name(args.model) if is_model(args.model) else model.pretrained_cfg['architecture'],
-        model_kwargs=public['model_kwargs'],
+        model=metadata['model'],
+        model_kwargs=json.loads(metadata['args'])['model_kwargs'],
         res2net_scale=args.res2net_scale,
         recipe=args.recipe,
-        dataset=public['dataset'],
+        dataset=metadata['dataset'],
         seed=args.seed,
         params=count_params(model),
         macs=count_macs(model, data.test.image_shape),

@@ -1,4 +1,4 @@
-"""Searches scale, cardinality, growth rate, learning-rate decay and optimizer, on Optuna.
+"""Searches scale, cardinality, growth rate, learning rate and its decay, and optimizer, on Optuna.
 
     python -m timm_dense2net search --study wide --trials 100 --recipe quick --hold-out 5000
     python -m timm_dense2net search --study wide --trials 100 --storage postgresql+psycopg://USER@HOST/DB ...
@@ -37,7 +37,7 @@ from .distributed import Processes, find_device
 from .errors import one_line
 from .figures import has_matplotlib, save_figure
 from .files import write_csv, write_text
-from .options import HOST_ARGS, SCHEDULES, build_parser, check_args, parse_args, public_args, saved_args
+from .options import HOST_ARGS, SCHEDULES, SPEED_ARGS, build_parser, check_args, parse_args, public_args, saved_args
 from .runs import RunFolder, read_resumed_state
 from .trainer import Interrupted, StopSignal, Trainer, TrainingError
 
@@ -56,9 +56,7 @@ __all__ = [
 _logger = logging.getLogger(__name__)
 
 # What each worker of a study may have of its own; the schedule is searched.
-_OF_A_WORKER = HOST_ARGS | {
-    'recipe', 'sched', 'validation_batch_size', 'channels_last', 'grad_checkpointing', 'torchcompile',
-    'torchcompile_layers', 'cuda_graph'}
+_OF_A_WORKER = HOST_ARGS | SPEED_ARGS | {'recipe', 'sched'}
 
 # Where a run lies, how it is watched and what it may look at: no part of what is found.
 _NOT_IN_RECIPE = HOST_ARGS | {'recipe', 'output', 'experiment', 'data_dir', 'hold_out'}

@@ -22,7 +22,7 @@ from .errors import one_line
 from .hub import LOAD_ERRORS, check_weights, explain_hub_error
 from .images import PREPROCESSING, Images
 from .meta import check_input
-from .names import check_model_name
+from .names import check_model_name, check_model_or_source
 from .packaged import is_packaged_file
 
 __all__ = [
@@ -82,6 +82,7 @@ def load_pretrained_model(name: str, model_kwargs: dict[str, Any] | None = None)
     Raises:
         ValueError: If there is no such model or no weights for it, or these are not finite.
     """
+    check_model_or_source(name)
     try:
         try:
             model = timm.create_model(name, pretrained=True, **model_kwargs or {}).eval()
