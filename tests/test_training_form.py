@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 from torch.autograd import gradcheck
 
 from changed_layers import CHANGES, change_layers
-from timm_dense2net import dense2net, training_form
+from timm_dense2net import batch_norm, dense2net, training_form
 from timm_dense2net.dense2net import Dense2Net, DenseBlock
 from timm_dense2net.memory_pool import MemoryPool
 
@@ -131,12 +131,12 @@ def test_equals_plain_form_in_float64(kind, checkpointing):
 @pytest.mark.parametrize('kind', ['baseline', 's2', 's4', 'groups'])
 def test_equals_plain_form_with_several_pixels_a_row(kind, shape, monkeypatch):
     """Odd numbers of pixels, multiples of 16, and what is between them."""
-    monkeypatch.setattr(training_form, 'MANY', 1)
+    monkeypatch.setattr(batch_norm, 'MANY', 1)
     assert_equals_plain_form(create(**KINDS[kind]), normal(*shape), 1e-9, 1e-9)
 
 
 def test_equals_plain_form_with_splits_of_one_channel(monkeypatch):
-    monkeypatch.setattr(training_form, 'MANY', 1)
+    monkeypatch.setattr(batch_norm, 'MANY', 1)
     assert_equals_plain_form(create(growth_rate=2, scale=8), normal(4, 3, 16, 16), 1e-9, 1e-9)
 
 
@@ -149,7 +149,7 @@ def test_a_norm_without_weight_or_bias_trains_in_the_plain_form(name):
 
 def test_rows():
     def shapes(*tensors):
-        return [tuple(rows.shape) for rows in training_form._as_rows(*tensors)]
+        return [tuple(rows.shape) for rows in batch_norm._as_rows(*tensors)]
 
     x = torch.zeros(32, 64, 16)
     assert shapes(x, x) == [(128, 256)] * 2
@@ -161,7 +161,7 @@ def test_rows():
 
 @pytest.mark.parametrize('kind', ['baseline', 's4', 'se'])
 def test_equals_plain_form_in_parts(kind, monkeypatch):
-    monkeypatch.setattr(training_form, 'CACHE_BYTES', 20_000)
+    monkeypatch.setattr(batch_norm, 'CACHE_BYTES', 20_000)
     assert_equals_plain_form(create(**KINDS[kind]), normal(4, 3, 13, 11), 1e-9, 1e-9)
 
 
@@ -226,7 +226,7 @@ def create_for_autocast(**kwargs):
 
 @pytest.mark.parametrize('many', [1 << 15, 1])
 def test_autocast(many, monkeypatch):
-    monkeypatch.setattr(training_form, 'MANY', many)
+    monkeypatch.setattr(batch_norm, 'MANY', many)
     model, twin, exact = (create_for_autocast(drop_path_rate=0.2) for _ in range(3))
     x = normal(8, 3, 32, 32, dtype=torch.float32)
     with plain_form():
@@ -255,10 +255,10 @@ def test_autocast(many, monkeypatch):
             torch.testing.assert_close(ours[3][name], buffer, rtol=0.05, atol=0.05)
 
 
-@pytest.mark.parametrize('cache_bytes', [training_form.CACHE_BYTES, 20_000])
+@pytest.mark.parametrize('cache_bytes', [batch_norm.CACHE_BYTES, 20_000])
 def test_autocast_of_each_parameter(cache_bytes, monkeypatch):
     """In a net of two layers every gradient is near enough to the exact one to be judged by itself."""
-    monkeypatch.setattr(training_form, 'CACHE_BYTES', cache_bytes)
+    monkeypatch.setattr(batch_norm, 'CACHE_BYTES', cache_bytes)
     model, twin, exact = (create_for_autocast(block_config=(2,)) for _ in range(3))
     x = normal(8, 3, 32, 32, dtype=torch.float32)
     with plain_form():

@@ -8,6 +8,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCardData
 from timm.models import get_pretrained_cfg, is_model_in_modules
 
+from .names import option
 from .options import is_place
 from .results import RunResult
 from .trained import TrainedModel
@@ -209,7 +210,7 @@ def _start(args: Mapping[str, Any]) -> tuple[str, str]:
         if args.get(name) and not is_place(name, args[name]):
             return f'the packaged weights `{args[name]}`', ''
         if args.get(name):
-            return 'weights of another run', f'`--{name.replace("_", "-")}` says which weights it starts from'
+            return 'weights of another run', f'`{option(name)}` says which weights it starts from'
     if not args.get('pretrained'):
         return 'random weights', ''
     if is_place('model', args['model']):
@@ -221,7 +222,7 @@ def _teacher(args: Mapping[str, Any]) -> tuple[str, str]:
     """The same of its teacher."""
     for name in ('kd_pretrained_path', 'kd_model_name'):
         if args.get(name) and is_place(name, args[name]):
-            return ', with a teacher from another run', f'`--{name.replace("_", "-")}` says which teacher it has'
+            return ', with a teacher from another run', f'`{option(name)}` says which teacher it has'
     return (f', with `{args["kd_model_name"]}` as its teacher', '') if args.get('kd_model_name') else ('', '')
 
 

@@ -23,6 +23,7 @@ from .engine import predict, top_accuracies
 from .files import output_file, write_json
 from .images import ImageArrays, Images
 from .loader import BatchLoader
+from .names import option
 from .trained import TrainedModel, check_fits, load_test_split, load_trained
 
 __all__ = ['FlipAverage', 'evaluate', 'main']
@@ -163,7 +164,7 @@ def main(argv: list[str] | None = None) -> int:
     for name in ('batch_size', 'img_size'):
         value = getattr(args, name)
         if value is not None and value < 1:
-            parser.error(f'--{name.replace("_", "-")} must be at least 1, got {value}')
+            parser.error(f'{option(name)} must be at least 1, got {value}')
     try:
         device = find_device(args.device)
         trained = load_trained(args.model, args.checkpoint)

@@ -1,16 +1,21 @@
-"""Names that are asked for and may be misspelt."""
+"""Names of models and options, as they are asked for and told."""
 import difflib
 from collections.abc import Iterable
 
 from timm.models import is_model, list_models, parse_model_name, split_model_name_tag
 
-__all__ = ['check_model_name', 'check_model_or_source', 'did_you_mean']
+__all__ = ['check_model_name', 'check_model_or_source', 'did_you_mean', 'option']
 
 
 def did_you_mean(name: str, names: Iterable[str]) -> str:
     """End of a message on an unknown name: those that are close to it, if any."""
     close = difflib.get_close_matches(name, names, n=3)
     return f', did you mean {" or ".join(close)}?' if close else ''
+
+
+def option(name: str) -> str:
+    """An argument's name as it stands on the command line."""
+    return f'--{name.replace("_", "-")}'
 
 
 def check_model_name(name: str) -> None:

@@ -24,7 +24,7 @@ from timm.utils.distributed import is_distributed_env
 from .augment import AugmentConfig
 from .checkpoint import CHECKPOINT_FILE, PREVIOUS_FILE
 from .errors import one_line
-from .names import did_you_mean
+from .names import did_you_mean, option
 from .packaged import is_packaged
 
 __all__ = [
@@ -297,7 +297,7 @@ def load_recipe(name: str, parser: argparse.ArgumentParser | None = None) -> dic
         values = {key: value for key, value in values.items() if key not in ('recipe', *_RUN_FOLDER)}
     for key in _RUN_FOLDER:
         if key in values:  # --resume auto looks for a run before it reads a recipe
-            raise ValueError(f"recipe {name}: '{key}' is no part of how a run is made: give it as {_option(key)}")
+            raise ValueError(f"recipe {name}: '{key}' is no part of how a run is made: give it as {option(key)}")
     return _check_values(values, parser or build_parser(), f'recipe {name}')
 
 
@@ -522,9 +522,9 @@ def check_args(args: argparse.Namespace) -> None:
     _check_model_kwargs(args)
     _check_start(args)
     _check_distillation(args)
-    for option, package in (('log_wandb', 'wandb'), ('log_tensorboard', 'tensorboard')):
-        if getattr(args, option) and importlib.util.find_spec(package) is None:
-            raise ValueError(f'{_option(option)}: {package} is not installed')
+    for name, package in (('log_wandb', 'wandb'), ('log_tensorboard', 'tensorboard')):
+        if getattr(args, name) and importlib.util.find_spec(package) is None:
+            raise ValueError(f'{option(name)}: {package} is not installed')
     if args.torchcompile == 'eager' and args.grad_checkpointing:
         raise ValueError(
             '--torchcompile eager and --grad-checkpointing: torch cannot run what it makes of the two; give another'
@@ -577,11 +577,11 @@ def _check_ranges(args: argparse.Namespace) -> None:
     for name, value in vars(args).items():
         for number in value if isinstance(value, list) else [value]:
             if isinstance(number, float) and not math.isfinite(number):
-                raise ValueError(f'{_option(name)} must be finite, got {value}')
+                raise ValueError(f'{option(name)} must be finite, got {value}')
     for name, wanted, holds in _RANGES:
         value = getattr(args, name)
         if value is not None and not holds(value):
-            raise ValueError(f'{_option(name)} must be {wanted}, got {value}')
+            raise ValueError(f'{option(name)} must be {wanted}, got {value}')
     if args.decay_milestones != sorted({max(epoch, 1) for epoch in args.decay_milestones}):
         raise ValueError(
             f'--decay-milestones must be epochs from 1 on, each above the one before, got {args.decay_milestones}')
@@ -608,11 +608,7 @@ def _check_augmentation(args: argparse.Namespace) -> None:
         augment_config(args)
     except ValueError as e:
         name, _, fault = str(e).partition(' ')
-        raise ValueError(f'{_option("aa" if name == "auto_augment" else name)} {fault}') from e
-
-
-def _option(name: str) -> str:
-    return f'--{name.replace("_", "-")}'
+        raise ValueError(f'{option("aa" if name == "auto_augment" else name)} {fault}') from e
 
 
 def _check_progressive_resizing(args: argparse.Namespace) -> None:
@@ -656,7 +652,7 @@ def _check_distillation(args: argparse.Namespace) -> None:
     given = [name for name in ('distill_loss_weight', 'task_loss_weight') if getattr(args, name) is not None]
     if given and not (args.kd_model_name or args.kd_pretrained_path):
         raise ValueError(
-            f'{_option(given[0])} weighs the answers of a teacher: name one with --kd-model-name or'
+            f'{option(given[0])} weighs the answers of a teacher: name one with --kd-model-name or'
             ' --kd-pretrained-path')
     if given == ['task_loss_weight'] and args.task_loss_weight > 1:
         raise ValueError(

@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from .distributed import find_device
 from .files import output_file, write_text
+from .names import option
 from .packaged import BEST_PACKAGED
 from .pictures import read_picture
 from .trained import TrainedModel, load_trained
@@ -229,7 +230,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     for name in ('topk', 'batch_size'):
         if getattr(args, name) < 1:
-            parser.error(f'--{name.replace("_", "-")} must be at least 1, got {getattr(args, name)}')
+            parser.error(f'{option(name)} must be at least 1, got {getattr(args, name)}')
     try:
         device = find_device(args.device)
         trained = load_trained(args.model or (None if args.checkpoint else BEST_PACKAGED), args.checkpoint)

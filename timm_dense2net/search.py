@@ -37,6 +37,7 @@ from .distributed import Processes, find_device
 from .errors import one_line
 from .figures import has_matplotlib, save_figure
 from .files import write_csv, write_text
+from .names import option
 from .options import HOST_ARGS, SCHEDULES, SPEED_ARGS, build_parser, check_args, parse_args, public_args, saved_args
 from .runs import RunFolder, read_resumed_state
 from .trainer import Interrupted, StopSignal, Trainer, TrainingError
@@ -239,7 +240,7 @@ def check_same_study(study: optuna.Study, args: argparse.Namespace, space: Searc
     for name, value in holds.items():
         if before.get(name) != value:
             raise ValueError(
-                f'study {study.study_name} was begun with --{name.replace("_", "-")} {before.get(name)}, it cannot go'
+                f'study {study.study_name} was begun with {option(name)} {before.get(name)}, it cannot go'
                 f' on with {value}: name another --study')
 
 
@@ -500,9 +501,9 @@ def main(argv: list[str] | None = None) -> int:
         train_args = parse_args([*rest, '--sched', next((s for s in args.scheds if s != 'plateau'), 'constant')])
         for sched in args.scheds:
             trial_args(train_args, dict(sched=sched))
-        for option, why in _NOT_FOR_A_SEARCH.items():
-            if getattr(train_args, option):
-                raise ValueError(f'--{option.replace("_", "-")} is not for a search: {why}')
+        for name, why in _NOT_FOR_A_SEARCH.items():
+            if getattr(train_args, name):
+                raise ValueError(f'{option(name)} is not for a search: {why}')
         models = list_models(module='dense2net')
         if get_arch_name(train_args.model) not in models:
             raise ValueError(

@@ -13,23 +13,17 @@ keeps or passes over once more for every layer that reads a feature is done once
 * On a GPU more is kept: there it is the number of kernels that counts (`training_form_gpu.py`).
 * On a CPU the memory of large tensors is kept from one step for the next (`memory_pool.py`).
 * Average pooling after a 1x1 convolution is that convolution after the pooling, on a quarter of the pixels.
-* What is done to each channel of a split of few channels is done to several pixels as one row: vector instructions want
-  long rows, and threads that add up sums must not write to one cache line.
 
-With the batch's mean m and variance v of a channel x, r = (v + eps)^-1/2 and y = relu(w r (x - m) + b), the gradient of
-the loss is, where d is that of y where y > 0 and 0 elsewhere, s = sum(d) and t = sum(d (x - m)) over the N pixels:
-
-    db = s,   dw = r t,   dm = -w r s,   dv = -w r^3 t / 2,   dx = w r d + dm / N + 2 (x - m) dv / N
-
-The first term of dx is added up over all layers that read x in one matrix, and dm and dv in one vector each. The other
-two follow once, when these sums are complete: in the backward pass of what made x.
+Of the gradient of a norm's input (`batch_norm.py`) the first term is added up over all layers that read the input in
+one matrix, and the gradients of mean and variance in one vector each. The other two terms follow once, when these sums
+are complete: in the backward pass of what made the input.
 """
 import logging
 import math
 import os
 from contextlib import contextmanager
 from functools import lru_cache
-from typing import Any, Iterator, List, NamedTuple, Optional, Sequence, Tuple, Union
+from typing import Any, Iterator, List, Optional, Sequence, Tuple
 
 import torch
 import torch.nn as nn
@@ -38,27 +32,20 @@ from torch.autograd import Function
 
 from timm.layers import BatchNormAct2d
 
+from .batch_norm import (
+    Norm, add_scaled, batch_stats, join_stats, parts, scale_and_shift, stats_terms, update_running_stats)
 from .errors import one_line
 from .hooks import has_hooks, is_transformed
 from .memory_pool import MemoryPool, pool_of
 
 __all__ = [
     'Buffers', 'as_maps', 'as_pixels', 'block_has_training_form', 'block_in_training', 'check_first_order', 'conv_args',
-    'has_training_form', 'let_go', 'plain_form', 'set_training_form', 'transition_in_training', 'update_running_stats']
+    'has_training_form', 'let_go', 'plain_form', 'set_training_form', 'transition_in_training']
 
 _logger = logging.getLogger(__name__)
 
-# Bytes of one intermediate result that each thread of a CPU works on at a time.
-CACHE_BYTES = 2 << 20
-
 # Below this number of pixels a block takes less time in the plain form, and little memory in either.
 MANY_PIXELS = 4096
-
-# On a CPU up to this number of pixels make one row where they have fewer channels than NARROW, MANY values in all.
-ROW_PIXELS = 16
-NARROW = 64
-MANY = 1 << 15
-
 
 _enabled = os.environ.get('TIMM_DENSE2NET_TRAINING_FORM', '1') != '0'
 
@@ -139,77 +126,6 @@ def _is_covered(norm: nn.Module) -> bool:
         and type(norm.act) is nn.ReLU and isinstance(norm.drop, nn.Identity))
 
 
-class Norm(NamedTuple):
-    """Batch norm with ReLU of one batch; tensors are (C,)."""
-    mean: torch.Tensor
-    var: torch.Tensor  # biased
-    weight: torch.Tensor
-    bias: torch.Tensor
-    invstd: torch.Tensor
-    scale: torch.Tensor
-    shift: torch.Tensor
-    eps: float
-
-    @classmethod
-    def of_batch(
-            cls,
-            mean: torch.Tensor,
-            var: torch.Tensor,
-            weight: torch.Tensor,
-            bias: torch.Tensor,
-            eps: float,
-    ) -> 'Norm':
-        """The norm with this weight and bias of a batch with this mean and biased variance."""
-        invstd = (var + eps).rsqrt()
-        scale = weight * invstd
-        return cls(mean, var, weight, bias, invstd, scale, torch.addcmul(bias, mean, scale, value=-1), eps)
-
-    def split(self, width: int) -> List['Norm']:
-        """Norms of ``width`` channels each."""
-        *values, eps = self
-        return [Norm(*channels, eps) for channels in zip(*(value.split(width) for value in values))]
-
-    def forward(self, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-        """relu(norm(x)) of (..., C)."""
-        x, rows = _as_rows(x, out)
-        _affine(x, *_repeat((self.scale, self.shift), x), out=rows).clamp_min_(0)
-        return out
-
-    def backward(self, dy: torch.Tensor, y: torch.Tensor, x: torch.Tensor) -> Tuple[torch.Tensor, ...]:
-        """Gradients of x, weight and bias from that of y, all (..., C), which is overwritten. Statistics are of x."""
-        x, dnormed = _as_rows(x, _relu_backward(dy, y, out=dy))
-        if x.shape[1] == len(self.mean):
-            dx, *daffine = self._backward(dnormed, x, [True, True, True])
-            return dx.view(y.shape), *daffine
-        daffine = self._affine_gradients(dnormed, x)
-        terms = _stats_terms(self.mean, self.stats_gradient(*daffine), y.numel() // y.shape[-1])
-        offset, slope, scale = _repeat((*terms, self.scale), x)
-        for part in _parts(x, *x.shape):
-            _add_affine(_affine(x[part], slope, offset), dnormed[part], scale, out=dnormed[part])
-        return dy, *daffine
-
-    def parameter_gradients(
-            self, dy: torch.Tensor, y: torch.Tensor, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-        """Gradients (2, C) of weight and bias from a part (..., C) of x; writes the gradient of norm(x) to out."""
-        x, dnormed = _as_rows(x, _relu_backward(dy, y, out))
-        return self._affine_gradients(dnormed, x)
-
-    def _affine_gradients(self, dnormed: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """Gradients (2, C) of weight and bias from rows (rows, pixels * C)."""
-        _, *gradients = self._backward(dnormed, x, [False, True, True])
-        gradients = torch.stack(gradients)
-        return gradients if x.shape[1] == len(self.mean) else gradients.view(2, -1, len(self.mean)).sum(1)
-
-    def _backward(self, dnormed: torch.Tensor, x: torch.Tensor, mask: List[bool]) -> Tuple[torch.Tensor, ...]:
-        weight, mean, invstd = _repeat((self.weight, self.mean, self.invstd), x)
-        return torch.ops.aten.native_batch_norm_backward(
-            dnormed, x, weight, None, None, mean, invstd, True, self.eps, mask)
-
-    def stats_gradient(self, dweight: torch.Tensor, dbias: torch.Tensor) -> torch.Tensor:
-        """Gradients (2, C) of mean and variance, from those of weight and bias."""
-        return torch.stack([-self.scale * dbias, -0.5 * self.scale * self.invstd * dweight])
-
-
 def conv_args(conv: nn.Conv2d) -> Tuple[Any, ...]:
     """What a convolution and its gradient take after weight and bias."""
     return conv.stride, conv.padding, conv.dilation, False, [0, 0], conv.groups
@@ -229,10 +145,6 @@ def check_first_order(gradient: torch.Tensor) -> None:
             'TIMM_DENSE2NET_TRAINING_FORM=0')
 
 
-def _relu_backward(dy: torch.Tensor, y: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-    return torch.ops.aten.threshold_backward.grad_input(dy, y, 0, grad_input=out)
-
-
 def as_maps(x: torch.Tensor) -> torch.Tensor:
     """(N, C, H, W) of (N, H, W, C)."""
     return x.permute(0, 3, 1, 2)
@@ -243,82 +155,6 @@ def as_pixels(x: torch.Tensor) -> torch.Tensor:
     return x.permute(0, 2, 3, 1).flatten(0, 2)
 
 
-def _as_rows(*tensors: torch.Tensor) -> List[torch.Tensor]:
-    """(rows, pixels * C) of (..., C), without a copy: several pixels as one row where that pays, else one."""
-    channels, pixels = tensors[0].shape[-1], 1
-    if channels < NARROW and tensors[0].numel() >= MANY and all(
-            t.device.type == 'cpu' and t.is_contiguous() for t in tensors):
-        pixels = math.gcd(tensors[0].numel() // channels, ROW_PIXELS)
-    return [t.view(-1, pixels * channels) for t in tensors]
-
-
-def _repeat(values: Sequence[torch.Tensor], rows: torch.Tensor) -> Sequence[torch.Tensor]:
-    """Values (C,) of the channels for each pixel of rows (rows, pixels * C)."""
-    pixels = rows.shape[1] // len(values[0])
-    return values if pixels == 1 else [value.repeat(pixels) for value in values]
-
-
-def _affine(
-        x: torch.Tensor,
-        scale: torch.Tensor,
-        shift: Optional[torch.Tensor] = None,
-        out: Optional[torch.Tensor] = None,
-) -> torch.Tensor:
-    """shift + scale x of (rows, ...); scale and shift (...) have the dtype of the statistics, out is contiguous."""
-    out = torch.empty_like(x, memory_format=torch.contiguous_format) if out is None else out
-    shift = torch.zeros_like(scale) if shift is None else shift
-    if _is_one_pass(x, scale):
-        return torch.addcmul(shift, x, scale, out=out)
-    # Batch norm knows bfloat16 maps with float32 statistics, here those of a channel of mean 0 and variance 1.
-    scale, shift = scale.flatten(), shift.flatten()
-    unused = scale.new_empty(0)
-    torch.ops.aten.native_batch_norm.out(
-        x.contiguous().view(-1, len(scale)), scale, shift, torch.zeros_like(scale), torch.ones_like(scale), False, 0.,
-        0., out=out.view(-1, len(scale)), save_mean=unused, save_invstd=unused)
-    return out
-
-
-def _add_affine(total: torch.Tensor, x: torch.Tensor, scale: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-    """Writes total + scale x to out, which may be either; as in ``_affine``."""
-    if _is_one_pass(x, scale):
-        return torch.addcmul(total, x, scale, out=out)
-    return torch.add(total, _affine(x, scale), out=out)
-
-
-def _is_one_pass(x: torch.Tensor, scale: torch.Tensor) -> bool:
-    # A CPU's operations on two dtypes convert both to one, in passes of their own.
-    return x.dtype == scale.dtype or x.device.type != 'cpu'
-
-
-def _batch_stats(x: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
-    """Mean and biased variance (C,) of (N, C, H, W), in float32 or float64."""
-    channels = x.shape[1]
-    if x.permute(0, 2, 3, 1).is_contiguous():
-        x = _as_rows(x.permute(0, 2, 3, 1))[0][..., None, None]
-    running = None
-    if x.dtype.itemsize < 4 and x.device.type == 'cpu':  # the statistics have the dtype of the running ones
-        running = x.new_zeros(x.shape[1], dtype=torch.float32)
-    mean, var = torch.batch_norm_update_stats(x, running, running, 0.)
-    if len(mean) == channels:
-        return mean, var
-    return _join_stats(mean.view(-1, channels), var.view(-1, channels), channels / len(mean))
-
-
-def _join_stats(
-        means: torch.Tensor, variances: torch.Tensor, share: Union[float, torch.Tensor],
-) -> Tuple[torch.Tensor, torch.Tensor]:
-    """Mean and biased variance (C,) of a whole from those (parts, C) of its parts and their share (parts, 1) in it."""
-    mean = (share * means).sum(0)
-    return mean, (share * (variances + (means - mean).square())).sum(0)
-
-
-def _stats_terms(mean: torch.Tensor, gradient: torch.Tensor, count: int) -> Tuple[torch.Tensor, torch.Tensor]:
-    """Offset and slope (C,): the gradients (2, C) of mean and variance of count pixels x add offset + slope x to dx."""
-    dmean, dvar = gradient / count
-    slope = 2. * dvar
-    return torch.addcmul(dmean, mean, slope, value=-1), slope
-
-
 def _add_stats_gradient(
         dx: torch.Tensor, x: torch.Tensor, mean: torch.Tensor, gradient: torch.Tensor, out: torch.Tensor) -> None:
     """Write to out dx and what the gradients (2, C) of mean and variance of x add to it; all (pixels, C)."""
@@ -326,31 +162,9 @@ def _add_stats_gradient(
         from .norm_kernels import add_stats_gradient
         add_stats_gradient(dx, x, mean, gradient, out)
         return
-    offset, slope = _stats_terms(mean, gradient, x.shape[0])
-    for part in _parts(x, *x.shape):
-        torch.add(dx[part], _affine(x[part], slope, offset), out=out[part])
-
-
-def update_running_stats(norm: BatchNormAct2d, mean: torch.Tensor, var: torch.Tensor, count: int) -> None:
-    """As ``BatchNormAct2d`` does after a batch with ``count`` values a channel."""
-    if not norm.track_running_stats:
-        return
-    factor = norm.momentum
-    if norm.num_batches_tracked is not None:
-        norm.num_batches_tracked.add_(1)
-        if factor is None:
-            factor = norm.num_batches_tracked.to(mean.dtype).reciprocal()
-    if norm.running_mean is None:
-        return
-    norm.running_mean.lerp_(mean, 0. if factor is None else factor)
-    norm.running_var.lerp_(var * (count / (count - 1)), 0. if factor is None else factor)
-
-
-def _parts(x: torch.Tensor, length: int, row: int) -> Iterator[slice]:
-    """Parts of ``length`` rows of ``row`` elements each, to be worked on one after another."""
-    cache_bytes = CACHE_BYTES * torch.get_num_threads()
-    step = max(1, cache_bytes // (row * x.element_size()) if x.device.type == 'cpu' else length)
-    return (slice(start, start + step) for start in range(0, length, step))
+    offset, slope = stats_terms(mean, gradient, x.shape[0])
+    for part in parts(x, *x.shape):
+        torch.add(dx[part], scale_and_shift(x[part], slope, offset), out=out[part])
 
 
 class Buffers:
@@ -380,7 +194,7 @@ class Buffers:
             moments(pixels, *self.stats.data[:, channels], copy=place)
             return
         place.copy_(as_pixels(maps))
-        self.stats[0, channels], self.stats[1, channels] = _batch_stats(maps)
+        self.stats[0, channels], self.stats[1, channels] = batch_stats(maps)
 
     def scratch(self, name: str, splits: int, width: int, like: torch.Tensor) -> torch.Tensor:
         """A buffer (splits, N, H, W, width) that one layer after another writes."""
@@ -513,7 +327,7 @@ class _LayerPass:
         outputs, self.norms = [], []
         for i, affine in enumerate(self.affines):
             z = self.buffers.pool.keep(self._conv(i, ys[i + 1].add_(ys[i])))
-            norm = Norm.of_batch(*_batch_stats(as_maps(z)), *affine, self.layer.conv2.norms[i].eps)
+            norm = Norm.of_batch(*batch_stats(as_maps(z)), *affine, self.layer.conv2.norms[i].eps)
             norm.forward(z, ys[i + 1])
             outputs.append(z)
             self.norms.append(norm)
@@ -526,17 +340,17 @@ class _LayerPass:
         """Output of conv1 (splits, N, H, W, width), its mean and variance (splits * width,)."""
         out = self.buffers.pool.empty((self.splits, len(features), self.width), features)
         stats, shares = [], []
-        for part in _parts(features, *features.shape):
+        for part in parts(features, *features.shape):
             x = features[part]
             y = self.norm1.forward(x, x.new_empty(x.shape)) @ self.conv1.t()
             out[:, part] = self._split(y)
-            stats.append(_batch_stats(y[..., None, None]))
+            stats.append(batch_stats(y[..., None, None]))
             shares.append(len(y) / len(features))
         out = out.view(self.splits, *self.buffers.size, self.width)
         if len(stats) == 1:
             return out, stats[0]
         means, variances = map(torch.stack, zip(*stats))
-        return out, _join_stats(means, variances, means.new_tensor(shares)[:, None])
+        return out, join_stats(means, variances, means.new_tensor(shares)[:, None])
 
     def _split(self, x: torch.Tensor) -> torch.Tensor:
         """(splits, pixels, width) of (pixels, splits * width)."""
@@ -560,7 +374,7 @@ class _LayerPass:
         """conv3 (N, H, W, C) of the hierarchy's output (splits, N, H, W, width)."""
         pixels = ys.flatten(1, 3)
         out = ys.new_empty((pixels.shape[1], len(self.conv3)))
-        for part in _parts(out, len(out), self.splits * self.width):
+        for part in parts(out, len(out), self.splits * self.width):
             torch.mm(_merge(pixels[:, part]), self.conv3.t(), out=out[part])
         return out.view(*self.buffers.size, -1)
 
@@ -612,7 +426,7 @@ class _LayerPass:
         dys = self._scratch('dy', ys)
         dnew, dpixels, pixels = dnew.flatten(0, 2), dys.flatten(1, 3), ys.flatten(1, 3)
         dconv = torch.zeros_like(self.conv3, dtype=self.norm1.weight.dtype)
-        for part in _parts(dnew, len(dnew), self.splits * self.width):
+        for part in parts(dnew, len(dnew), self.splits * self.width):
             dconv += dnew[part].t() @ _merge(pixels[:, part])
             dpixels[:, part] = self._split(dnew[part] @ self.conv3)
         return dys, dconv[..., None, None]
@@ -630,12 +444,12 @@ class _LayerPass:
         Those of norm2's output before its activation, and of its weight and bias, are given.
         """
         norm2 = self.norm2
-        offset, slope = _stats_terms(norm2.mean, norm2.stats_gradient(*daffine2), len(features))
+        offset, slope = stats_terms(norm2.mean, norm2.stats_gradient(*daffine2), len(features))
         terms = [t.view(self.splits, self.width) for t in (offset, slope, norm2.scale)]
         daffine = torch.zeros_like(self.buffers.stats[:, :self.in_chs])
         dconv = torch.zeros_like(self.conv1, dtype=daffine.dtype)
         scale = self.norm1.scale.to(features.dtype)
-        for part in _parts(features, *features.shape):
+        for part in parts(features, *features.shape):
             x, d = features[part].contiguous(), self._dbottleneck(bottleneck, dnormed, part, *terms)
             y = self.norm1.forward(x, torch.empty_like(x))
             dconv += d.t() @ y
@@ -655,8 +469,8 @@ class _LayerPass:
     ) -> torch.Tensor:
         """A part (rows, splits * width) of the gradient of conv1's output: offset + slope x + scale dnormed."""
         x, dnormed = (t.flatten(1, 3)[:, part].transpose(0, 1) for t in (bottleneck, dnormed))
-        d = _affine(x, slope, offset)
-        return _add_affine(d, dnormed, scale, out=d).flatten(1)
+        d = scale_and_shift(x, slope, offset)
+        return add_scaled(d, dnormed, scale, out=d).flatten(1)
 
 
 def _merge(splits: torch.Tensor) -> torch.Tensor:
@@ -712,7 +526,7 @@ class _Statistics(Function):
     def forward(ctx: Any, x: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
         x = x.contiguous(memory_format=torch.channels_last)
         ctx.size = (x.shape[0], *x.shape[2:])
-        features, stats = as_pixels(x.detach()), torch.stack(_batch_stats(x))
+        features, stats = as_pixels(x.detach()), torch.stack(batch_stats(x))
         ctx.save_for_backward(features, stats)
         return features, stats
 
@@ -750,7 +564,7 @@ class _Transition(Function):
         matrix = conv.flatten(1).to(x.dtype)
         n, h, w = size
         out = x.new_empty((n, h // 2, w // 2, len(matrix)))
-        for images in _parts(x, n, x[0].numel()):
+        for images in parts(x, n, x[0].numel()):
             y = norm.forward(x[images], torch.empty_like(x[images]))
             out[images] = F.avg_pool2d(as_maps(y), 2).permute(0, 2, 3, 1) @ matrix.t()
         return as_maps(out)
@@ -766,7 +580,7 @@ class _Transition(Function):
         dconv = torch.zeros_like(matrix, dtype=conv.dtype)
         dx = ctx.pool.empty(x.shape, x)
         with torch.autocast(x.device.type, enabled=False):
-            for images in _parts(x, len(x), x[0].numel()):
+            for images in parts(x, len(x), x[0].numel()):
                 y, d = norm.forward(x[images], torch.empty_like(x[images])), dout[images].permute(0, 2, 3, 1)
                 dconv += d.flatten(0, 2).t() @ as_pixels(F.avg_pool2d(as_maps(y), 2))
                 dy = torch.ops.aten.avg_pool2d_backward(

@@ -14,6 +14,7 @@ from torch.autograd import Function
 
 from timm.layers import BatchNormAct2d
 
+from .batch_norm import update_running_stats
 from .norm_kernels import (
     KernelNorm,
     add_stats_gradient,
@@ -25,7 +26,7 @@ from .norm_kernels import (
     norm_relu,
     norm_relu_backward,
 )
-from .training_form import Buffers, as_maps, as_pixels, check_first_order, conv_args, let_go, update_running_stats
+from .training_form import Buffers, as_maps, as_pixels, check_first_order, conv_args, let_go
 
 __all__ = ['PooledTransition', 'new_features']
 
