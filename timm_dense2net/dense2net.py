@@ -866,6 +866,8 @@ default_cfgs = generate_default_cfgs({
         origin_url='https://arxiv.org/abs/1608.06993'),
     'dense2net40_k12_s4.small_c100': _cfg(pool_size=(8, 8), file=packaged_file('dense2net40_k12_s4.small_c100')),
     'dense2net40_k12_s4.quick_c100': _cfg(pool_size=(8, 8), file=packaged_file('dense2net40_k12_s4.quick_c100')),
+    'dense2net100_k12_s4.sprint_k12_c100': _cfg(
+        pool_size=(8, 8), file=packaged_file('dense2net100_k12_s4.sprint_k12_c100')),
     'dense2net100_k12_s4.small_ft_c100': _cfg(
         pool_size=(8, 8), file=packaged_file('dense2net100_k12_s4.small_ft_c100')),
     'dense2net100_k12_s4.small_c100': _cfg(pool_size=(8, 8), file=packaged_file('dense2net100_k12_s4.small_c100')),
