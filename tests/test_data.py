@@ -18,6 +18,7 @@ from PIL import Image
 from timm.data import create_transform
 
 from timm_dense2net.augment import AugmentConfig, ProgressiveResize
+from timm_dense2net.cifar import CIFAR100_CLASSES
 from timm_dense2net.data import (
     _KNOWN_STATS, check_images, check_same_classes, fits_in_memory, load_arrays, load_images, open_dataset)
 from timm_dense2net.images import ImageArrays, ImageReader, dataset_stats, hold_out_split
@@ -334,7 +335,22 @@ def test_labels_that_are_no_indices_are_named(tmp_path):
     (tmp_path / 'set').mkdir()
     table = datasets.Dataset.from_dict({'image': [image], 'label': ['cat']}, features=features)
     table.to_parquet(str(tmp_path / 'set' / 'train.parquet'))
-    with pytest.raises(ValueError, match="labels must be class indices, the first is 'cat'"):
+    with pytest.raises(ValueError, match="labels must be class indices, that of image 0 is 'cat'"):
+        load_arrays(f'hfds/{tmp_path}/set', 'train', data_dir=str(tmp_path / 'cache'))
+
+
+@pytest.mark.parametrize('column, message', [
+    ('image', 'image 1 cannot be decoded: not an image'),
+    ('label', 'labels must be class indices, that of image 1 is None'),
+])
+def test_empty_cells_of_a_table_are_named(tmp_path, column, message):
+    datasets = pytest.importorskip('datasets')
+    features = datasets.Features({'image': datasets.Image(), 'label': datasets.Value('int64')})
+    cells = {'image': [Image.fromarray(np.zeros((4, 4, 3), np.uint8))] * 3, 'label': [0, 1, 0]}
+    cells[column] = [cells[column][0], None, cells[column][2]]
+    (tmp_path / 'set').mkdir()
+    datasets.Dataset.from_dict(cells, features=features).to_parquet(str(tmp_path / 'set' / 'train.parquet'))
+    with pytest.raises(ValueError, match=message):
         load_arrays(f'hfds/{tmp_path}/set', 'train', data_dir=str(tmp_path / 'cache'))
 
 
@@ -662,3 +678,16 @@ def test_missing_package_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, 'datasets', None)
     with pytest.raises(ValueError, match=r"hfds/some/set needs the package datasets: pip install -e '.\["):
         load_arrays('hfds/some/set', 'train')
+
+
+def test_the_hubs_misprint_among_cifar100s_classes(tmp_path):
+    names = ['cra' if name == 'crab' else name for name in CIFAR100_CLASSES]
+    root = write_folder(tmp_path, names, count=1, size=(2, 2), splits=('train',))
+    assert load_arrays(root, 'train').class_names == CIFAR100_CLASSES
+
+
+def test_channel_of_one_value_is_refused():
+    pixels = torch.randint(256, (4, 3, 5, 5), dtype=torch.uint8)
+    pixels[:, 2] = 51
+    with pytest.raises(ValueError, match='channel 2 has one value in all images, 0.2, .* give --mean and --std'):
+        dataset_stats(ImageArrays(pixels, torch.zeros(4, dtype=torch.int64), ('a',)))

@@ -1,4 +1,5 @@
 """The predict command: what it finds, what it prints, and pictures that cannot be read."""
+import argparse
 import csv
 import io
 import json
@@ -113,6 +114,16 @@ def test_a_model_of_other_channels_is_refused(tmp_path, pictures, capsys):
     save_weights(path, timm.create_model(MODEL, in_chans=4).state_dict(), dict(model=MODEL, input_size='[4, 32, 32]'))
     assert main([str(pictures), '--checkpoint', str(path)]) == 2
     assert f'{path} takes images of 4 channels' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('arguments', [dict(in_chans=1), dict(in_chans=1, img_size=32)])
+def test_grey_nets_of_timms_train_script(tmp_path, pictures, capsys, arguments):
+    path = tmp_path / 'checkpoint.pth.tar'
+    state = timm.create_model(MODEL, in_chans=1, num_classes=6).state_dict()
+    torch.save(dict(arch=MODEL, state_dict=state, args=argparse.Namespace(**arguments)), path)
+    assert load_trained(checkpoint=path).data_config['input_size'] == (1, 32, 32)
+    assert main([str(pictures), '--checkpoint', str(path)]) == 0
+    assert capsys.readouterr().out.count('.png') == 10
 
 
 def test_batches_change_nothing(weights, pictures):

@@ -112,7 +112,7 @@ def test_the_decks_figure_stands_only_beside_the_same_recipe_model_and_data(valu
 
 @pytest.mark.parametrize('changes', [
     dict(model='densenet121_cifar'), dict(recipe='strong'), dict(dataset='digits'), dict(overrides='lr=0.05'),
-    dict(epochs=2), dict(hold_out=5000), dict(ema=True)])
+    dict(epochs=2), dict(hold_out=5000), dict(ema=True), dict(params=1), dict(macs=1)])
 def test_only_runs_that_differ_in_nothing_but_the_seed_are_averaged(changes):
     assert len(summarise([result_of(seed=0), result_of(seed=1)])) == 1
     assert len(summarise([result_of(seed=0), result_of(seed=1, **changes)])) == 2

@@ -60,7 +60,7 @@ def model_metadata(trained: TrainedModel, fuse: bool) -> dict[str, Any]:
     config = trained.data_config
     keys = ('input_size', 'mean', 'std', 'interpolation', 'crop_pct', 'crop_mode')
     return {
-        'model': trained.metadata.get('model', trained.name),
+        'model': trained.metadata.get('model') or trained.model.pretrained_cfg['architecture'],
         **{key: config[key] for key in keys},
         **({'class_names': trained.class_names} if trained.class_names else {}),
         'fused': fuse,

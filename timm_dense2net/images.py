@@ -14,6 +14,7 @@ from timm.data import ImageDataset, create_transform
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
+from .cifar import CIFAR100_CLASSES
 from .rng import HOLD_OUT_STREAM, STATS_STREAM
 
 __all__ = ['PREPROCESSING', 'ImageArrays', 'ImageReader', 'Images', 'dataset_stats', 'hold_out_split']
@@ -22,6 +23,10 @@ _STATS_SAMPLE = 5000
 
 # How images are resized that are trained on: all of them is kept that a square holds.
 PREPROCESSING = dict(interpolation='bicubic', crop_pct=1.0, crop_mode='center')
+
+
+# `uoft-cs/cifar100` there has a misprint.
+_CIFAR100_ON_THE_HUB = ['cra' if name == 'crab' else name for name in CIFAR100_CLASSES]
 
 
 @dataclass(frozen=True)
@@ -135,9 +140,18 @@ class ImageReader(Dataset):
             with stream, Image.open(stream) as image:
                 return image.convert('RGB')
         except Exception as error:  # of all kinds where a header is damaged, or an image too large
-            reason = 'not an image' if isinstance(error, UnidentifiedImageError) else error
-            file = f' ({self.source.filename(index, absolute=True)})' if in_files else ''
+            # The latter of an empty cell in a table.
+            reason = 'not an image' if isinstance(error, (UnidentifiedImageError, TypeError)) else error
+            file = self._file(index) if in_files else ''
             raise ValueError(f'{self.name}: image {index}{file} cannot be decoded: {reason}.') from error
+
+    def _file(self, index: int) -> str:
+        """For a message, the file of an image; empty where none is known, as in a table that does not tell."""
+        try:
+            file = self.source.filename(index, absolute=True)
+        except TypeError:
+            return ''
+        return f' ({file})' if file else ''
 
     def decode(self) -> ImageArrays:
         """Decode all images into memory."""
@@ -163,7 +177,9 @@ def _read_labels(source: Dataset, name: str) -> np.ndarray:
     try:
         return np.asarray(labels, dtype=np.int64)
     except (TypeError, ValueError) as error:
-        raise ValueError(f'{name}: labels must be class indices, the first is {labels[0]!r}.') from error
+        index, label = next(
+            (index, label) for index, label in enumerate(labels) if not isinstance(label, (int, np.integer)))
+        raise ValueError(f'{name}: labels must be class indices, that of image {index} is {label!r}.') from error
 
 
 def _class_names(source: Dataset, labels: np.ndarray) -> tuple[str, ...]:
@@ -173,7 +189,7 @@ def _class_names(source: Dataset, labels: np.ndarray) -> tuple[str, ...]:
     names = [str(index) for index in range(max(class_to_idx.values()) + 1)]
     for class_name, index in class_to_idx.items():
         names[index] = str(class_name)
-    return tuple(names)
+    return CIFAR100_CLASSES if names == _CIFAR100_ON_THE_HUB else tuple(names)
 
 
 # Held in memory, or read image by image where they are too many.
@@ -184,6 +200,9 @@ def dataset_stats(images: Images) -> tuple[tuple[float, ...], tuple[float, ...]]
     """Mean and standard deviation of each channel over all pixels, on the scale of 0 to 1.
 
     They are exact for decoded images. Of images that are not, 5,000 are decoded, chosen at random with a fixed seed.
+
+    Raises:
+        ValueError: A channel has one value in all images.
     """
     if isinstance(images, ImageReader):
         sample = np.random.default_rng(STATS_STREAM).permutation(len(images))[:_STATS_SAMPLE]
@@ -194,8 +213,13 @@ def dataset_stats(images: Images) -> tuple[tuple[float, ...], tuple[float, ...]]
         frequency = torch.bincount(images.images[:, channel].flatten(), minlength=256).double()
         frequency /= frequency.sum()
         mean = float((frequency * levels).sum())
+        variance = float((frequency * (levels - mean) ** 2).sum())
+        if frequency.count_nonzero() == 1:
+            raise ValueError(
+                f'channel {channel} has one value in all images, {mean:.3g}, and no deviation to divide by: give'
+                ' --mean and --std')
         means.append(mean)
-        stds.append(math.sqrt(float((frequency * (levels - mean) ** 2).sum())))
+        stds.append(math.sqrt(variance))
     return tuple(means), tuple(stds)
 
 

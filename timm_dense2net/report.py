@@ -72,7 +72,9 @@ def summarise(results: Iterable[RunResult]) -> list[Row]:
     """One row for all runs that differ only in their seed, in the deck's order, then the other recipes."""
     groups: dict[tuple, list[RunResult]] = {}
     for run in results:
-        key = (*table_order(run.recipe), run.dataset, run.model, run.overrides, run.epochs, run.hold_out, run.ema)
+        key = (
+            *table_order(run.recipe), run.dataset, run.model, run.overrides, run.epochs, run.hold_out, run.ema,
+            run.params, run.macs)
         groups.setdefault(key, []).append(run)
     return [Row(tuple(sorted(groups[key], key=lambda run: run.seed))) for key in sorted(groups)]
 

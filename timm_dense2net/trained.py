@@ -11,7 +11,7 @@ import timm
 import torch
 import torch.nn as nn
 from safetensors import SafetensorError
-from timm.data import resolve_data_config
+from timm.data.model_config import resolve_input_data_config
 from timm.models import get_arch_name
 
 from .checkpoint import check_finite, load_weights
@@ -37,7 +37,7 @@ class TrainedModel:
     Args:
         name: What it was asked for by: a model name or a file.
         model: The model, on the CPU.
-        data_config: `timm.data.resolve_data_config`'s: input_size, mean, std, interpolation, crop_pct, crop_mode.
+        data_config: timm's `resolve_input_data_config`'s: input_size, mean, std, interpolation, crop_pct, crop_mode.
         class_names: One name a class; None where they are not known.
         metadata: Text that the weights' file carries; empty for pretrained weights.
     """
@@ -99,7 +99,7 @@ def load_pretrained_model(name: str, model_kwargs: dict[str, Any] | None = None)
         class_names = [class_names[index] for index in sorted(class_names, key=int)]
     if class_names is None and is_packaged_file(cfg.get('file')) and model.num_classes == 100:
         class_names = CIFAR100_CLASSES
-    return TrainedModel(name, model, resolve_data_config({}, model=model), _names(class_names, model.num_classes), {})
+    return TrainedModel(name, model, resolve_input_data_config(model), _names(class_names, model.num_classes), {})
 
 
 def load_checkpoint_model(
@@ -131,11 +131,11 @@ def load_checkpoint_model(
             reapply_conversion(model, conversion)
         model.load_state_dict(weights)
     except (AssertionError, RuntimeError, TypeError) as e:
-        why = one_line(e) if held in (None, get_arch_name(name)) else f'it is of {held}'
+        why = one_line(e) if held is None or get_arch_name(held) == get_arch_name(name) else f'it is of {held}'
         raise ValueError(f'{path} does not fit {name}: {why}') from e
     class_names = json.loads(metadata['class_names']) if 'class_names' in metadata else None
     return TrainedModel(
-        str(path), model.eval(), resolve_data_config(weights_config(metadata), model=model),
+        str(path), model.eval(), resolve_input_data_config(model, weights_config(metadata)),
         _names(class_names, model.num_classes), metadata)
 
 
