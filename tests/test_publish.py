@@ -280,7 +280,7 @@ def test_a_run_by_several_processes_is_trained_again_by_as_many(run):
 
 @pytest.mark.parametrize('option', ['--pretrained-path', '--initial-checkpoint'])
 def test_weights_of_another_run_are_said_to_be_missing(run, option):
-    wanted = f', `{option}` which weights it starts from'
+    wanted = f'`{option}` says which weights it starts from'
     assert wanted not in (write_hub_folder(run, REPO, run / 'hub') / 'README.md').read_text()
     args = yaml.safe_load((run / 'args.yaml').read_text())
     (run / 'args.yaml').write_text(yaml.safe_dump(args | {option[2:].replace('-', '_'): '/somewhere'}))
@@ -300,17 +300,21 @@ def test_the_teacher_is_told_and_where_it_lay_is_not(run, option, value, told, m
     folder = write_hub_folder(run, REPO, run / 'hub')
     card = (folder / 'README.md').read_text()
     assert told in card and 'somewhere' not in card
-    assert missing is None or f', `{missing}` which teacher it has' in card
+    assert missing is None or f'`{missing}` says which teacher it has' in card
     assert (option in yaml.safe_load((folder / 'recipe.yaml').read_text())) == (missing is None)
 
 
 @pytest.mark.parametrize('model, told, recipe', [
     ('hf-hub:owner/other', 'the weights of `hf-hub:owner/other`', dict(model='hf-hub:owner/other', pretrained=True)),
-    ('local-dir:/somewhere', '`--pretrained-path` which weights it starts from', dict(model=MODEL, pretrained=False)),
+    ('local-dir:/somewhere', '`--pretrained-path` says which weights it starts from',
+     dict(model=MODEL, pretrained=False, model_kwargs=dict(growth_rate=8), res2net_scale=None)),
 ])
 def test_a_model_on_the_hub_or_in_a_folder_that_a_run_starts_from(run, model, told, recipe):
     args = yaml.safe_load((run / 'args.yaml').read_text())
     (run / 'args.yaml').write_text(yaml.safe_dump(args | dict(model=model, pretrained=True)))
+    kwargs = dict(growth_rate=8)  # as the model on the Hub or in the folder says, and no argument does
+    metadata = load_weights(run / 'last.safetensors')[1] | dict(model_args=json.dumps(kwargs))
+    save_weights(run / 'last.safetensors', timm.create_model(MODEL, **kwargs).state_dict(), metadata)
     folder = write_hub_folder(run, REPO, run / 'hub')
     card = (folder / 'README.md').read_text()
     assert told in card and 'somewhere' not in card

@@ -99,7 +99,10 @@ def _fill(folder: Path, run: Path, repo_id: str, result: RunResult, trained: Tra
     # As training found it: where the run is published, a folder of that name may be missing.
     recipe['dataset'] = hub_dataset(trained.metadata.get('dataset', public['dataset']))
     if is_place('model', args['model']):
-        recipe['pretrained'] = False  # the architecture's name stands for other weights, or none
+        # The architecture's name stands for other weights, or none, and what is special in it was told by the folder.
+        recipe['pretrained'] = False
+        recipe['model_kwargs'] = json.loads(trained.metadata.get('model_args', '{}'))
+        recipe['res2net_scale'] = conversion['scale'] if conversion is not None else None
     elif args['model'].startswith('hf-hub:'):
         recipe['model'] = args['model']
     (folder / 'recipe.yaml').write_text(yaml.safe_dump(recipe), encoding='utf-8')
