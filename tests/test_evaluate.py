@@ -402,7 +402,7 @@ def test_what_cannot_be_loaded_is_one_message(folder, tmp_path, capsys):
             (['--checkpoint', str(tmp_path / 'none.safetensors'), '--dataset', 'digits'], 'no weights at'),
             (['--checkpoint', str(torn), '--dataset', 'digits'], 'not a whole safetensors file'),
             (['--checkpoint', str(whole), '--dataset', str(tmp_path / 'none')], 'none'),
-            (['--model', 'dense2net1_s8', '--pretrained', '--dataset', 'digits'], "no model 'dense2net1_s8', did you mean"),
+            (['--model', 'dense2net1_s8', '--pretrained', '--dataset', 'digits'], "'dense2net1_s8', did you mean"),
             (['--model', 'dense2net1', '--checkpoint', str(whole), '--dataset', 'digits'], "no model 'dense2net1'"),
             (['--model', 'dense2net121d_s4', '--pretrained', '--dataset', 'digits'], 'No pretrained weights exist'),
             (['--checkpoint', str(whole), '--dataset', 'digits', '--device', 'abacus'], '--device abacus: '),
