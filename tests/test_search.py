@@ -225,7 +225,7 @@ def test_reports_and_recipe(tmp_path):
     (['--study', 's', '--recipe', 'nano', '--hold-out', '9', '--storage', 'nosql://me:secret@host/db'],
      'nosql://...@host/db'),
     (['--study', 's', '--recipe', 'nano', '--hold-out', '9', '--scales', '3'], 'none of the cardinalities'),
-    (['--study', 's', '--recipe', 'nano', '--hold-out', '9', '--model', 'resnet18'], '--model resnet18 is no Dense2Net'),
+    (['--study', 's', '--recipe', 'nano', '--hold-out', '9', '--model', 'resnet18'], 'resnet18 is no Dense2Net'),
 ])
 def test_errors(args, message, tmp_path, capsys):
     # Only of a database it is known no sooner than when it is opened.
