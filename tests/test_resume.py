@@ -337,13 +337,17 @@ def test_state_of_other_data_is_refused(tmp_path, capsys):
     assert f'{message} 5 batches of 255 images' in capsys.readouterr().err
 
 
-def test_other_classes_are_refused(tmp_path, capsys):
+def test_images_may_be_moved_and_other_classes_are_refused(tmp_path, capsys):
     images = tmp_path / 'images'
     write_folder(images, ('a', 'b', 'c'), size=(8, 8))
     assert run_here(arguments(tmp_path, '--dataset', images, '-b', '9', '--epochs', '1')) == 0
+    moved = tmp_path / 'elsewhere' / 'images'
+    moved.parent.mkdir()
+    images.rename(moved)
+    assert run_here(['--resume', tmp_path / 'run', '--epochs', '2', '--dataset', moved]) == 0
     for split in ('train', 'val'):
-        (images / split / 'c').rename(images / split / 'd')
-    assert run_here(['--resume', tmp_path / 'run', '--epochs', '2']) == 1
+        (moved / split / 'c').rename(moved / split / 'd')
+    assert run_here(['--resume', tmp_path / 'run', '--epochs', '3']) == 1
     assert "the run began on other classes: 'c' where the data have 'd'" in capsys.readouterr().err
 
 

@@ -413,10 +413,16 @@ def _check_unchanged(args: argparse.Namespace, parser: argparse.ArgumentParser, 
     for name in vars(args).keys() - _MAY_CHANGE - set(_NOT_SAVED):
         # YAML makes lists of tuples.
         before, now = (json.loads(json.dumps(value)) for value in (parser.get_default(name), getattr(args, name)))
-        if before != now:
+        if before != now and not (name == 'dataset' and _may_be_moved(before, now)):
             raise ValueError(
                 f'{saved.parent} was started with {name} {before}, it cannot go on with {now}: begin a new run'
                 f'{_from_its_weights(saved.parent)}')
+
+
+def _may_be_moved(before: str, now: str) -> bool:
+    """Whether two names of data may be of one folder, moved or named from another place."""
+    in_folders = not any(name == 'digits' or _is_data_set_id(name) for name in (before, now))
+    return in_folders and Path(before).name == Path(now).name
 
 
 def _early_parser() -> argparse.ArgumentParser:
