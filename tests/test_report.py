@@ -14,7 +14,7 @@ from timm.utils import update_summary
 
 from timm_dense2net.deck import DECK
 from timm_dense2net.options import build_parser, list_recipes, load_recipe
-from timm_dense2net.report import BEGIN, END, main, summarise
+from timm_dense2net.report import BEGIN, END, main, markdown_table, summarise
 from timm_dense2net.results import COLUMNS, RunResult, read_results, read_run
 
 ROOT = Path(__file__).parents[1]
@@ -137,6 +137,13 @@ def test_runs_of_no_packaged_recipe_tell_what_they_were_given(tmp_path):
     file.write_text('lr: 0.3\n')
     own = make_run(tmp_path, 'own', dict(defaults, lr=0.3, epochs=7), recipe=str(file))
     assert (read_run(own).recipe, read_run(own).overrides) == ('mine.yaml', 'epochs=7 lr=0.3')
+
+
+def test_the_data_set_is_told_where_there_are_several():
+    one = markdown_table(summarise([result_of()]))
+    assert 'Data' not in one
+    two = markdown_table(summarise([result_of(), result_of(dataset='digits')]))
+    assert '| Data |' in two and '| `digits` |' in two and len({line.count('|') for line in two.splitlines()}) == 1
 
 
 def test_recipes_of_one_file_name_are_not_one_recipe(tmp_path):

@@ -92,16 +92,21 @@ def _mean_spread(values: Sequence[float]) -> str:
 
 
 def markdown_table(rows: Sequence[Row]) -> str:
-    """The rows as a Markdown table; accuracies as mean ± standard deviation over runs. Empty columns are left out."""
+    """The rows as a Markdown table; accuracies as mean ± standard deviation over runs.
+
+    Empty columns are left out, and that of the data where all rows are of one set.
+    """
     header = (
-        'Recipe', 'Model', 'Params (M)', 'MACs (M)', 'Epochs', 'Minutes', 'EMA', 'Runs', 'Top-1 (%)', 'Top-5 (%)',
-        'Best top-1 (%)', 'Deck (%)', 'Top-1 - deck')
+        'Recipe', 'Model', 'Data', 'Params (M)', 'MACs (M)', 'Epochs', 'Minutes', 'EMA', 'Runs', 'Top-1 (%)',
+        'Top-5 (%)', 'Best top-1 (%)', 'Deck (%)', 'Top-1 - deck')
+    several = len({row.runs[0].dataset for row in rows}) > 1
     lines = []
     for row in rows:
         run = row.runs[0]
         lines.append((
             row.title,
             f'`{run.model}`',
+            f'`{run.dataset}`' if several else '',
             f'{run.params / 1e6:.2f}' if run.params else '',
             f'{run.macs / 1e6:.0f}' if run.macs else '',
             row.epochs,
@@ -115,7 +120,7 @@ def markdown_table(rows: Sequence[Row]) -> str:
             f'{row.difference:+.2f}' if row.deck else '',
         ))
     filled = [any(column) for column in zip(*lines)]
-    lines = [header, ['---', '---', *['--:'] * (len(header) - 2)], *lines]
+    lines = [header, [*['---'] * 3, *['--:'] * (len(header) - 3)], *lines]
     return ''.join(f'| {" | ".join(compress(line, filled))} |\n' for line in lines)
 
 
