@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from PIL import Image
+from PIL import Image, ImageStat
 
 import timm_dense2net
 from timm_dense2net.cam import class_activation_maps
@@ -91,6 +91,20 @@ def test_drawings_are_recognised(name):
     assert [caption.split(',')[0] for _, caption in by_scale] == [
         f'split {i}: {2 * i - 1}x{2 * i - 1} pixels' for i in range(1, 9)]
     assert len(by_block) == 4
+
+
+def test_maps_lie_on_what_a_net_of_other_than_square_images_sees(tmp_path):
+    own = tmp_path / 'own.safetensors'
+    metadata = dict(model=MODEL, input_size='[3, 24, 48]', crop_pct='1.0')
+    save_weights(own, timm.create_model(MODEL, num_classes=3).state_dict(), metadata)
+    picture = Image.new('RGB', (48, 24))
+    picture.paste('white', (44, 0, 48, 24))  # beyond the square in the middle
+    _, by_scale, by_block = explain(load_trained(None, own), picture)
+    for view, _ in [*by_scale, *by_block]:
+        assert view.size == (288, 144)
+        edge = view.convert('L').crop((280, 0, 288, 144))
+        middle = view.convert('L').crop((100, 0, 180, 144))
+        assert ImageStat.Stat(edge).mean > ImageStat.Stat(middle).mean
 
 
 def test_a_port_that_is_taken_is_named(capsys):

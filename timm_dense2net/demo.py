@@ -82,7 +82,9 @@ def explain(
     labels = dict(zip(spaced if len(set(spaced)) == len(names) else names, top.values.tolist()))
 
     # What the net sees of the picture, large enough to look at.
-    view_config = dict(config, input_size=(3, _VIEW_SIZE, _VIEW_SIZE), mean=(0., 0., 0.), std=(1., 1., 1.))
+    size = config['input_size'][1:]
+    view_size = tuple(round(_VIEW_SIZE * side / max(size)) for side in size)
+    view_config = dict(config, input_size=(3, *view_size), mean=(0., 0., 0.), std=(1., 1., 1.))
     view = create_transform(**view_config, is_training=False)(picture)
     view = Image.fromarray((view.permute(1, 2, 0) * 255).round().clamp(0, 255).to(torch.uint8).numpy())
     maps = class_activation_maps(trained.model, image, indices[0])
