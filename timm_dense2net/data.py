@@ -19,6 +19,7 @@ from torch.utils.data import Dataset
 from .cifar import CIFAR100_MEAN, CIFAR100_STD
 from .errors import one_line
 from .images import ImageArrays, ImageReader, Images, dataset_stats
+from .names import is_utf8
 
 __all__ = ['check_images', 'check_same_classes', 'fits_in_memory', 'load_arrays', 'load_images', 'open_dataset']
 
@@ -309,12 +310,9 @@ def check_images(
 
 
 def _check_text(class_names: Sequence[str], name: str) -> None:
-    """Names of folders may be any bytes; what they stand for is written to files in UTF-8."""
     for class_name in class_names:
-        try:
-            class_name.encode('utf-8')
-        except UnicodeEncodeError as error:
-            raise ValueError(f'{name}: the name of class {class_name!r} is not UTF-8; rename it.') from error
+        if not is_utf8(class_name):
+            raise ValueError(f'{name}: the name of class {class_name!r} is not UTF-8; rename it.')
 
 
 def _check_known(images: Images, known: str, split: str, own_labels: bool, name: str) -> None:

@@ -1,16 +1,25 @@
-"""Names of models and options, as they are asked for and told."""
+"""Names of models, options and files, as they are asked for and told."""
 import difflib
 from collections.abc import Iterable
 
 from timm.models import is_model, list_models, parse_model_name, split_model_name_tag
 
-__all__ = ['check_model_name', 'check_model_or_source', 'did_you_mean', 'option']
+__all__ = ['check_model_name', 'check_model_or_source', 'did_you_mean', 'is_utf8', 'option']
 
 
 def did_you_mean(name: str, names: Iterable[str]) -> str:
     """End of a message on an unknown name: those that are close to it, if any."""
     close = difflib.get_close_matches(name, names, n=3)
     return f', did you mean {" or ".join(close)}?' if close else ''
+
+
+def is_utf8(name: str) -> bool:
+    """Whether a name can be written to a file in UTF-8, as one of a file or folder, which may be any bytes, may not."""
+    try:
+        name.encode('utf-8')
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def option(name: str) -> str:

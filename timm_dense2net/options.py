@@ -24,7 +24,7 @@ from timm.utils.distributed import is_distributed_env
 from .augment import AugmentConfig
 from .checkpoint import CHECKPOINT_FILE, PREVIOUS_FILE
 from .errors import one_line
-from .names import did_you_mean, option
+from .names import did_you_mean, is_utf8, option
 from .packaged import is_packaged
 
 __all__ = [
@@ -503,7 +503,8 @@ def check_args(args: argparse.Namespace) -> None:
     Raises:
         ValueError: Naming the value, or the two options that cannot go together.
     """
-    _check_dataset(args)
+    if not is_utf8(args.dataset):  # the weights' metadata tell it
+        raise ValueError(f'--dataset {args.dataset!r} is not UTF-8; rename it')
     _check_ranges(args)
     _check_augmentation(args)
     # timm itself drops any other first word.
@@ -547,14 +548,6 @@ def check_args(args: argparse.Namespace) -> None:
         raise ValueError('--sync-bn shares batch statistics between processes: start them with torchrun')
     if args.sync_bn and (args.device == 'cpu' or not torch.cuda.is_available()):
         raise ValueError('--sync-bn works between GPUs only; --dist-bn shares the running statistics on a CPU')
-
-
-def _check_dataset(args: argparse.Namespace) -> None:
-    """A folder's name may be any bytes; the metadata of weights, which tell the data set, are UTF-8."""
-    try:
-        args.dataset.encode('utf-8')
-    except UnicodeEncodeError as e:
-        raise ValueError(f'--dataset {args.dataset!r} is not UTF-8; rename it') from e
 
 
 def _check_eval_only(args: argparse.Namespace) -> None:
