@@ -257,7 +257,7 @@ def test_weights_without_class_names_give_numbers(tmp_path, pictures, capsys):
 
 def test_a_model_that_cannot_be_used_is_one_message(pictures, tmp_path, capsys):
     for arguments, message in [
-            (['--model', 'dense2net999'], "no model 'dense2net999', did you mean"),
+            (['--model', 'dense2net999'], "timm has no model 'dense2net999', did you mean dense"),
             (['--model', 'owner/net'], 'has no source prefix'),
             (['--model', 'dense2net121d_s8'], 'No pretrained weights exist'),
             (['--model', f'local-dir:{tmp_path}'], 'Config file not found'),

@@ -213,13 +213,12 @@ def dataset_stats(images: Images) -> tuple[tuple[float, ...], tuple[float, ...]]
         frequency = torch.bincount(images.images[:, channel].flatten(), minlength=256).double()
         frequency /= frequency.sum()
         mean = float((frequency * levels).sum())
-        variance = float((frequency * (levels - mean) ** 2).sum())
         if frequency.count_nonzero() == 1:
             raise ValueError(
                 f'channel {channel} has one value in all images, {mean:.3g}, and no deviation to divide by: give'
                 ' --mean and --std')
         means.append(mean)
-        stds.append(math.sqrt(variance))
+        stds.append(math.sqrt(float((frequency * (levels - mean) ** 2).sum())))
     return tuple(means), tuple(stds)
 
 

@@ -11,7 +11,7 @@ import timm
 import torch
 import torch.nn as nn
 from safetensors import SafetensorError
-from timm.data.model_config import resolve_input_data_config
+from timm.data import resolve_input_data_config
 from timm.models import get_arch_name
 
 from .checkpoint import check_finite, load_weights
