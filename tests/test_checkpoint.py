@@ -131,6 +131,19 @@ def test_a_checkpoint_of_another_layout_is_named(tmp_path):
         load_weights(path)
 
 
+def test_a_file_in_the_format_before_torch_16(tmp_path):
+    path = tmp_path / 'model.pth'
+    torch.save({'state_dict': {'module.a': torch.ones(1)}}, path, _use_new_zipfile_serialization=False)
+    assert load_weights(path) == ({'a': torch.ones(1)}, {})
+    assert load_metadata(path) == {}
+
+
+def test_names_without_the_prefixes_of_wrapped_models(tmp_path):
+    path = tmp_path / 'model.safetensors'
+    save_weights(path, {'_orig_mod.module.a': torch.ones(1)}, {})
+    assert load_weights(path)[0] == {'a': torch.ones(1)}
+
+
 @pytest.mark.parametrize('content', ['object', 'torn', 'archive'])
 def test_torch_files_without_weights(tmp_path, content):
     path = tmp_path / 'model.pth'

@@ -342,6 +342,8 @@ def test_the_tag_of_the_first_weights_is_not_that_of_the_run(tmp_path):
     (['--pretrained-path', 'model.pth'], ['model.pth', 'does not fit test_resnet', 'lacks some, bn1.bias']),
     (['--pretrained-path', 'checkpoint.safetensors'], ['checkpoint.safetensors is a training state', '--resume']),
     (['--initial-checkpoint', 'checkpoint.safetensors'], ['checkpoint.safetensors is a training state', '--resume']),
+    (['--initial-checkpoint', PACKAGED, '--model', MODEL],
+     [f'--initial-checkpoint {PACKAGED} does not fit', 'classifier.weight']),
     (['--pretrained-path', PACKAGED], ['does not fit test_resnet', MODEL, 'lacks some, bn1.bias']),
     (['--pretrained-path', PACKAGED, '--model', 'dense2net121_s4'], ['does not fit dense2net121_s4', MODEL]),
     (['--pretrained-path', f'{MODEL}.nano_c100'], [f'no weights at {MODEL}.nano_c100']),

@@ -15,9 +15,9 @@ from timm_dense2net.checkpoint import load_weights, save_weights
 from timm_dense2net.cifar import CIFAR100_CLASSES
 from timm_dense2net.evaluate import main as evaluate_main
 from timm_dense2net.files import sha256_of
-from timm_dense2net.options import is_place
 from timm_dense2net.package import main as package_main
 from timm_dense2net.package import package_run
+from timm_dense2net.public_args import is_place
 from timm_dense2net.start import pretrained_overlay
 from timm_dense2net.trained import load_trained
 

@@ -29,8 +29,9 @@ from timm_dense2net.cifar import CIFAR100_CLASSES
 from timm_dense2net.convert import conversion_metadata, convert_res2net
 from timm_dense2net.files import sha256_of
 from timm_dense2net.hub import DIGEST_KEY
-from timm_dense2net.options import build_parser, load_recipe, saved_args
+from timm_dense2net.options import build_parser, saved_args
 from timm_dense2net.publish import main, write_hub_folder
+from timm_dense2net.recipe import load_recipe
 
 MODEL = 'dense2net40_k12_s4'
 REPO = 'owner/net'
@@ -264,7 +265,7 @@ def test_nothing_of_the_machine_and_no_pickle_is_published(run):
     folder = write_hub_folder(run, REPO, run / 'hub')
     for path in folder.iterdir():
         assert b'somebody' not in path.read_bytes() and path.suffix not in ('.bin', '.pth', '.pt', '.pkl')
-    recipe = load_recipe(str(folder / 'recipe.yaml'))
+    recipe = load_recipe(str(folder / 'recipe.yaml'), build_parser())
     assert recipe['lr'] == 0.2 and recipe['dataset'] == 'hfds/uoft-cs/cifar100' and 'data_dir' not in recipe
     assert json.loads((folder / 'config.json').read_text())[DIGEST_KEY] == sha256_of(folder / 'model.safetensors')
 
@@ -347,7 +348,7 @@ def test_data_in_a_folder_is_told_without_its_place(run, monkeypatch, dataset, t
     args = yaml.safe_load((run / 'args.yaml').read_text())
     (run / 'args.yaml').write_text(yaml.safe_dump(args | dict(dataset=dataset)))
     folder = write_hub_folder(run, REPO, run / 'hub')
-    assert load_recipe(str(folder / 'recipe.yaml'))['dataset'] == told
+    assert load_recipe(str(folder / 'recipe.yaml'), build_parser())['dataset'] == told
     left_out = f'; `{option}` says where the data is' if option else ''
     assert f'trains it again{left_out}), the' in (folder / 'README.md').read_text()
 
@@ -358,7 +359,7 @@ def test_data_are_named_as_training_found_them(run):
     args = yaml.safe_load((run / 'args.yaml').read_text())
     (run / 'args.yaml').write_text(yaml.safe_dump(args | dict(dataset='hfds/somebody/birds')))
     folder = write_hub_folder(run, REPO, run / 'hub')
-    assert load_recipe(str(folder / 'recipe.yaml'))['dataset'] == 'birds'
+    assert load_recipe(str(folder / 'recipe.yaml'), build_parser())['dataset'] == 'birds'
 
 
 def test_what_the_run_began_with_is_published(run):
@@ -368,7 +369,7 @@ def test_what_the_run_began_with_is_published(run):
     args = yaml.safe_load((run / 'args.yaml').read_text())
     (run / 'args.yaml').write_text(yaml.safe_dump(args | dict(model=first, pretrained=True, dataset='hfds/them/birds')))
     folder = write_hub_folder(run, REPO, run / 'hub')
-    recipe = load_recipe(str(folder / 'recipe.yaml'))
+    recipe = load_recipe(str(folder / 'recipe.yaml'), build_parser())
     assert (recipe['model'], recipe['dataset']) == (first, 'hfds/them/birds')
     card = (folder / 'README.md').read_text()
     assert yaml.safe_load(card.split('---\n')[1])['license'] == 'cc-by-nc-4.0' and 'weights: cc-by-nc-4.0' in card

@@ -7,8 +7,9 @@ import yaml
 
 import timm_dense2net  # noqa: F401
 from timm_dense2net.deck import DECK
-from timm_dense2net.options import build_parser, list_recipes, load_recipe, parse_args
+from timm_dense2net.options import build_parser, parse_args
 from timm_dense2net.packaged import is_packaged
+from timm_dense2net.recipe import list_recipes, load_recipe
 
 
 def run_error(capsys, *argv):
@@ -32,7 +33,7 @@ def test_packaged_recipes():
 def test_recipe_parses_and_names_a_model(name):
     args = parse_args(['--recipe', name])
     assert timm.is_model(args.model) and args.recipe == name
-    for key, value in load_recipe(name).items():
+    for key, value in load_recipe(name, build_parser()).items():
         assert getattr(args, key) == value
     assert not args.pretrained or args.model in timm.list_pretrained()
     if args.pretrained_path:  # the run of another recipe, or packaged weights

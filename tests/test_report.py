@@ -13,7 +13,8 @@ import yaml
 from timm.utils import update_summary
 
 from timm_dense2net.deck import DECK
-from timm_dense2net.options import build_parser, list_recipes, load_recipe
+from timm_dense2net.options import build_parser
+from timm_dense2net.recipe import list_recipes, load_recipe
 from timm_dense2net.report import BEGIN, END, main, markdown_table, summarise
 from timm_dense2net.results import COLUMNS, RunResult, read_results, read_run
 
@@ -32,7 +33,7 @@ def make_run(folder, name, args=None, **values):
     result.update(values)
     (run / 'result.json').write_text(json.dumps(result))
     recipe = result['recipe'] if result['recipe'] in list_recipes() else 'deck_s8'
-    arguments = vars(build_parser().parse_args([])) | load_recipe(recipe)
+    arguments = vars(build_parser().parse_args([])) | load_recipe(recipe, build_parser())
     (run / 'args.yaml').write_text(yaml.safe_dump({**arguments, 'seed': result['seed'], **(args or {})}))
     return run
 
@@ -158,7 +159,7 @@ def test_recipes_of_one_file_name_are_not_one_recipe(tmp_path):
 
 
 def test_other_first_weights_are_told(tmp_path):
-    args = dict(load_recipe('small_ft'), model='dense2net100_k12_s4.small_ft_c100')
+    args = dict(load_recipe('small_ft', build_parser()), model='dense2net100_k12_s4.small_ft_c100')
     assert read_run(make_run(tmp_path, 'same', recipe='small_ft')).overrides == ''
     assert read_run(make_run(tmp_path, 'other', args, recipe='small_ft')).overrides == (
         'model=dense2net100_k12_s4.small_ft_c100')

@@ -526,7 +526,10 @@ def test_initial_checkpoint(tmp_path, capsys):
     folder, _ = run(tmp_path, '--epochs', '1', '--no-model-ema', name='first')
     more = ['--epochs', '1', '--no-model-ema', '--lr', '0', '--initial-checkpoint', folder / 'last.safetensors']
     run(tmp_path, *more, name='second')
-    first, second = (load_weights(tmp_path / name / 'last.safetensors')[0] for name in ('first', 'second'))
+    run(tmp_path, *more[:-1], folder, name='by folder')
+    first, second, third = (
+        load_weights(tmp_path / name / 'last.safetensors')[0] for name in ('first', 'second', 'by folder'))
+    assert all(torch.equal(second[name], third[name]) for name in second)
     names = dict(timm.create_model('test_resnet').named_parameters())
     assert all(torch.equal(first[name], second[name]) for name in names if name in first)
     assert run_here(arguments(tmp_path, *more, '--model', 'resnet18', name='third')) == 1
@@ -573,8 +576,8 @@ def test_initial_checkpoint(tmp_path, capsys):
     (['--model', 'dense2net40_k12_s4', '--model-kwargs', 'act_layer=foo'], ["unknown act_layer 'foo'", 'relu']),
     (['--model', 'dense2net40_k12_s4', '--model-kwargs', 'norm_layer=foo'], ["norm_layer 'foo'", 'batchnorm2d']),
     (['--model', 'wide_resnet28_10', '--model-kwargs', 'norm_layer=groupnorm'], ["norm_layer 'groupnorm'", '16']),
-    (['--initial-checkpoint', 'nowhere.pth'], ['--initial-checkpoint nowhere.pth', 'no such file']),
-    (['--initial-checkpoint', __file__], ['--initial-checkpoint', __file__, 'neither a safetensors file']),
+    (['--initial-checkpoint', 'nowhere.pth'], ['no weights at nowhere.pth']),
+    (['--initial-checkpoint', __file__], [f'{__file__}: not a whole safetensors file']),
     (['--resume', 'nowhere/at/all'], ['--resume nowhere/at/all: no run is there', 'no such file or folder']),
     (['--model', 'test_vit'], ['test_vit does not take images of 3x8x8', 'made for 160x160', '--img-size 160']),
     (['--model', 'test_vit', '--model-kwargs', 'img_size=64'], ['does not take images of 3x8x8', '--img-size 64']),

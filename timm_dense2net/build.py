@@ -7,22 +7,18 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
-from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import timm
 import torch
 import torch.nn as nn
-from safetensors import SafetensorError
 from timm.layers import convert_sync_batchnorm
-from timm.models import get_arch_name, is_model, load_checkpoint
+from timm.models import get_arch_name, is_model
 from timm.utils import random_seed, reparameterize_model
 
 from .augment import ProgressiveResize
 from .checkpoint import check_finite, load_metadata
-from .convert import (
-    conversion_in, conversion_metadata, convert_res2net, load_converted, reapply_conversion, recorded_conversion)
+from .convert import conversion_in, conversion_metadata, convert_res2net, reapply_conversion
 from .data import check_same_classes, load_images
 from .distillation import Distillation, loss_weights
 from .distributed import Processes
@@ -33,8 +29,10 @@ from .images import PREPROCESSING, Images, dataset_stats, hold_out_split
 from .loader import BatchLoader
 from .meta import check_input
 from .names import check_model_or_source
-from .options import augment_config, build_parser, public_args, public_model_kwargs, saved_args, weight_kwargs
-from .start import freeze_stages, pretrained_overlay, start_file
+from .option_checks import augment_config
+from .options import build_parser, saved_args
+from .public_args import public_args, public_model_kwargs, weight_kwargs
+from .start import freeze_stages, load_start, pretrained_overlay, start_file
 from .trained import TrainedModel, check_fits, load_test_split, load_trained, weights_config, weights_file
 from .trainer import Trainer
 
@@ -139,12 +137,9 @@ def build_model(
     """
     check_model_or_source(args.model)
     initial = args.initial_checkpoint if with_weights else None
-    if initial and not Path(initial).is_file():
-        raise ValueError(
-            f'--initial-checkpoint {initial}: there is no such file'
-            + (' but a folder, of which last.safetensors may be meant' if Path(initial).is_dir() else ''))
-    converted = _is_converted(initial, args.res2net_scale)
-    if with_weights and args.freeze_stages and args.res2net_scale and not converted:
+    if initial:
+        initial_weights, conversion = _read_initial(initial, args.res2net_scale)
+    if with_weights and args.freeze_stages and args.res2net_scale and conversion is None:
         raise ValueError(
             '--freeze-stages keeps weights as they are, and the layers that --res2net-scale makes have random ones:'
             ' give one of the two')
@@ -162,16 +157,14 @@ def build_model(
         model = timm.create_model(args.model, **shape, **weights)
         # Loaded by now, and no part of what a copy of the model should hold.
         model.pretrained_cfg.pop('state_dict', None)
-        if converted:
-            load_converted(model, initial)
-        elif initial:
-            _load_initial(model, initial)
-        if args.grad_checkpointing:
-            model.set_grad_checkpointing()
         if conversion is not None:
             reapply_conversion(model, conversion)
-        elif args.res2net_scale and not converted:
+        if initial:
+            _load_initial(model, initial_weights, initial)
+        if args.res2net_scale and conversion is None:
             convert_res2net(model, args.res2net_scale)
+        if args.grad_checkpointing:
+            model.set_grad_checkpointing()
     except LOAD_ERRORS as e:
         raise ValueError(f'{args.model}: {one_line(e)}') from e
     check_finite(model.state_dict(), initial or args.model)
@@ -182,16 +175,25 @@ def build_model(
     return convert_sync_batchnorm(model) if args.sync_bn else model
 
 
-def _load_initial(model: nn.Module, path: str) -> None:
-    """Loads weights as timm's train.py does: a safetensors file, or a state dict without other objects in it."""
+def _read_initial(path: str, scale: int | None) -> tuple[dict[str, torch.Tensor], dict[str, Any] | None]:
+    """Weights to start from, and what was converted in their model, which has to be as the run asks for."""
     try:
-        load_checkpoint(model, path)
-    except (EOFError, KeyError, RuntimeError, SafetensorError, UnpicklingError) as e:
-        why = one_line(e)
-        # As torch says it, or timm of it.
-        if isinstance(e, (EOFError, KeyError)) or isinstance(e.__cause__ or e, UnpicklingError):
-            why = 'neither a safetensors file nor a plain state dict'
-        raise ValueError(f'--initial-checkpoint {path}: {why}') from e
+        weights, metadata = load_start(path)
+    except RuntimeError as e:  # of packaged weights that are damaged
+        raise ValueError(f'--initial-checkpoint {path}: {one_line(e)}') from e
+    conversion = conversion_in(metadata)
+    if conversion is not None and conversion['scale'] != scale:
+        raise ValueError(
+            f'{path} holds weights of a model converted at scale {conversion["scale"]}: give --res2net-scale'
+            f' {conversion["scale"]}, not {scale}')
+    return weights, conversion
+
+
+def _load_initial(model: nn.Module, weights: Mapping[str, torch.Tensor], path: str) -> None:
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as e:
+        raise ValueError(f'--initial-checkpoint {path} does not fit: {one_line(e)}') from e
 
 
 def _check_progressive_sizes(
@@ -204,20 +206,6 @@ def _check_progressive_sizes(
             check_input(model, name, (image_shape[0], *size))
         except ValueError as e:
             raise ValueError(f'--initial-img-size {args.initial_img_size}: {e}') from e
-
-
-def _is_converted(checkpoint: str | None, scale: int | None) -> bool:
-    """Whether the first weights are those of a model converted at this scale.
-
-    Raises:
-        ValueError: If they are of one converted at another scale.
-    """
-    conversion = recorded_conversion(checkpoint) if checkpoint else None
-    if conversion is not None and conversion['scale'] != scale:
-        raise ValueError(
-            f'{checkpoint} holds weights of a model converted at scale {conversion["scale"]}: give --res2net-scale'
-            f' {conversion["scale"]}, not {scale}')
-    return conversion is not None
 
 
 def build_loader(

@@ -9,7 +9,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from timm.models import get_pretrained_cfg, is_model_in_modules
 
 from .names import option
-from .options import is_place
+from .public_args import is_place
 from .results import RunResult
 from .trained import TrainedModel
 

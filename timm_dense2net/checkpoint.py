@@ -21,6 +21,7 @@ import safetensors
 import safetensors.torch
 import timm
 import torch
+from timm.models import clean_state_dict
 from timm.utils import load_checkpoint_metadata
 
 from .errors import one_line
@@ -35,6 +36,9 @@ _logger = logging.getLogger(__name__)
 
 CHECKPOINT_FILE = 'checkpoint.safetensors'
 PREVIOUS_FILE = 'checkpoint-prev.safetensors'
+
+# How files of `torch.save` begin, and those from before torch 1.6.
+_ZIP, _PICKLES = b'PK\x03\x04', b'\x80\x02\x8a\n'
 
 _TENSOR, _ITEMS, _TUPLE, _DTYPE = '$tensor', '$items', '$tuple', '$dtype'
 
@@ -157,7 +161,7 @@ def load_weights(path: str | os.PathLike[str]) -> tuple[dict[str, torch.Tensor],
         ValueError: If it is neither, not whole, a training state, which holds more than weights, or a value is not
             finite.
     """
-    if _is_torch_file(path):
+    if _first_bytes(path) in (_ZIP, _PICKLES):
         with _explain_torch_errors(path):
             weights, metadata = timm.models.load_state_dict(str(path)), _torch_metadata(path)
         others = [str(name) for name, value in weights.items() if not isinstance(value, torch.Tensor)]
@@ -166,7 +170,7 @@ def load_weights(path: str | os.PathLike[str]) -> tuple[dict[str, torch.Tensor],
                 f'{path}: no state dict, nor one as state_dict or model: {", ".join(others)} are no tensors')
     else:
         with _open_weights(path) as f:
-            weights, metadata = {name: f.get_tensor(name) for name in f.keys()}, f.metadata() or {}
+            weights, metadata = clean_state_dict({name: f.get_tensor(name) for name in f.keys()}), f.metadata() or {}
     check_finite(weights, path)
     return weights, metadata
 
@@ -197,7 +201,7 @@ def first_not_finite(weights: Mapping[str, torch.Tensor]) -> str | None:
 
 def load_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
     """The metadata of a file of weights alone; errors are those of `load_weights`."""
-    if _is_torch_file(path):
+    if _first_bytes(path) in (_ZIP, _PICKLES):
         with _explain_torch_errors(path):
             return _torch_metadata(path)
     with _open_weights(path) as f:
@@ -217,8 +221,8 @@ def _open_weights(path: str | os.PathLike[str]) -> Iterator[Any]:
         raise ValueError(f'{path}: not a whole safetensors file ({e})') from e
 
 
-def _is_torch_file(path: str | os.PathLike[str]) -> bool:
-    """Whether a file was written by `torch.save`: a ZIP archive.
+def _first_bytes(path: str | os.PathLike[str]) -> bytes:
+    """The four bytes that tell what kind of file it is.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -226,12 +230,13 @@ def _is_torch_file(path: str | os.PathLike[str]) -> bool:
     if not Path(path).is_file():
         raise FileNotFoundError(f'no weights at {path}')
     with open(path, 'rb') as f:
-        return f.read(4) == b'PK\x03\x04'
+        return f.read(4)
 
 
 def _torch_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
     # timm's train.py keeps its arguments beside the weights.
-    checkpoint = load_checkpoint_metadata(path)
+    # The older files cannot be mapped into memory, and timm's train.py writes none.
+    checkpoint = load_checkpoint_metadata(path) if _first_bytes(path) == _ZIP else {}
     checkpoint = checkpoint if isinstance(checkpoint, Mapping) else {}
     name, args = checkpoint.get('arch'), checkpoint.get('args')
     args = vars(args) if isinstance(args, argparse.Namespace) else {}

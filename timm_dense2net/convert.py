@@ -11,7 +11,6 @@ import os
 import sys
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import timm
@@ -20,15 +19,14 @@ from timm.layers import create_conv2d, get_device_dtype
 from timm.models import build_model_with_cfg, is_model, model_entrypoint, register_model
 from timm.models.res2net import Bottle2neck
 
-from .checkpoint import load_metadata, load_weights
+from .checkpoint import load_weights
 from .counts import count_macs, count_params
 from .dense2net import SplitHierarchyConv2d, find_norm_act_layer
 from .errors import one_line
 from .names import check_model_name
 
 __all__ = [
-    'convert_res2net', 'reapply_conversion', 'conversion_metadata', 'conversion_in', 'recorded_conversion',
-    'load_converted', 'METADATA_KEY',
+    'convert_res2net', 'reapply_conversion', 'conversion_metadata', 'conversion_in', 'load_converted', 'METADATA_KEY',
 ]
 
 _logger = logging.getLogger(__name__)
@@ -217,18 +215,6 @@ def conversion_in(metadata: Mapping[str, str]) -> dict[str, Any] | None:
     return json.loads(metadata[METADATA_KEY]) if METADATA_KEY in metadata else None
 
 
-def recorded_conversion(path: str | os.PathLike[str]) -> dict[str, Any] | None:
-    """The conversion that a file of weights records; None where it records none or is no safetensors file.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If it has the suffix of a safetensors file and is not a whole one.
-    """
-    if Path(path).suffix != '.safetensors':
-        return None
-    return conversion_in(load_metadata(path))
-
-
 def load_converted(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     """Reapplies the conversion that a file of weights records and loads the weights.
 
@@ -243,12 +229,13 @@ def load_converted(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
         FileNotFoundError: If there is no such file.
         ValueError: If the file is not safetensors, records no conversion, or does not fit the model.
     """
-    conversion = recorded_conversion(path)
+    weights, metadata = load_weights(path)
+    conversion = conversion_in(metadata)
     if conversion is None:
         raise ValueError(f'{path} records no conversion: load its weights as they are')
     reapply_conversion(model, conversion)
     try:
-        model.load_state_dict(load_weights(path)[0])
+        model.load_state_dict(weights)
     except RuntimeError as e:
         raise ValueError(f'{path} does not fit {type(model).__name__}: {one_line(e)}') from e
     return model

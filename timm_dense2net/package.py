@@ -14,7 +14,7 @@ from .checkpoint import first_not_finite, load_weights, save_weights
 from .cifar import CIFAR100_CLASSES
 from .convert import METADATA_KEY
 from .files import sha256_of, write_text
-from .options import is_place
+from .public_args import is_place
 from .trained import tested_weights
 
 __all__ = ['package_run', 'main']

@@ -22,7 +22,8 @@ from timm.models import save_for_hf
 from .card import first_model, hub_dataset, model_card
 from .files import sha256_of
 from .hub import DIGEST_KEY, HUB_ERRORS, WEIGHTS_FILE, explain_hub_error
-from .options import ARGS_FILE, HOST_ARGS, is_place, public_args
+from .options import ARGS_FILE, HOST_ARGS
+from .public_args import is_place, public_args
 from .results import RunResult, read_run
 from .trained import TrainedModel, load_checkpoint_model, tested_weights
 

@@ -16,9 +16,9 @@ from .curves import read_summary
 from .deck import DECK
 from .errors import one_line
 from .files import write_csv
-from .options import (
-    ARGS_FILE, HOST_ARGS, SPEED_ARGS, build_parser, is_place, list_recipes, load_recipe, public_model_kwargs,
-    recipe_name)
+from .options import ARGS_FILE, HOST_ARGS, SPEED_ARGS, build_parser
+from .public_args import is_place, public_model_kwargs
+from .recipe import list_recipes, load_recipe, recipe_name
 
 __all__ = ['COLUMNS', 'RunResult', 'read_run', 'read_results', 'write_results', 'merge_results', 'table_order']
 
@@ -158,7 +158,7 @@ def _overrides(recipe: str, args: Mapping[str, Any], world_size: int) -> str:
     expected = vars(build_parser().parse_args([]))
     # What stands in a recipe's own file is not told by the file's name: its runs show all they were given.
     if recipe in list_recipes():
-        expected |= load_recipe(recipe)
+        expected |= load_recipe(recipe, build_parser())
     args = {**args, 'model_kwargs': public_model_kwargs(args.get('model_kwargs') or {})}
     # A path is not told: that weights were given is. Spaces stand between words only.
     words = [

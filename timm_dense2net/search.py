@@ -38,7 +38,9 @@ from .errors import one_line
 from .figures import has_matplotlib, save_figure
 from .files import write_csv, write_text
 from .names import option
-from .options import HOST_ARGS, SCHEDULES, SPEED_ARGS, build_parser, check_args, parse_args, public_args, saved_args
+from .option_checks import check_args
+from .options import HOST_ARGS, SCHEDULES, SPEED_ARGS, build_parser, parse_args, saved_args
+from .public_args import public_args
 from .runs import RunFolder, read_resumed_state
 from .trainer import Interrupted, StopSignal, Trainer, TrainingError
 
