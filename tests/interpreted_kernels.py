@@ -6,7 +6,7 @@ import torch
 from form_gradients import gradients_of_forms
 from timm.layers import BatchNormAct2d
 
-from timm_dense2net import norm_kernels, training_form
+from timm_dense2net import norm_kernels, training_buffers, training_form
 from timm_dense2net.dense2net import Dense2Net
 from timm_dense2net.norm_kernels import (
     KernelNorm,
@@ -27,7 +27,8 @@ EPS = 1e-3
 def on_kernels(monkeypatch):
     """Lets nets on a CPU take the kernels."""
     monkeypatch.setattr(training_form, 'MANY_PIXELS', 1)
-    monkeypatch.setattr(training_form, 'runs_on_kernels', lambda x: True)
+    for module in (training_form, training_buffers):
+        monkeypatch.setattr(module, 'runs_on_kernels', lambda x: True)
 
 
 def normal(*shape, seed=0):

@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 from torch.autograd import gradcheck
 
 from changed_layers import CHANGES, change_layers
-from timm_dense2net import batch_norm, dense2net, training_form
+from timm_dense2net import batch_norm, dense2net, training_buffers, training_form, training_form_cpu
 from timm_dense2net.dense2net import Dense2Net, DenseBlock
 from timm_dense2net.memory_pool import MemoryPool
 
@@ -98,9 +98,9 @@ def step(model, x):
 
 def assert_equals_plain_form(model, x, rtol, atol, count=7):
     twin = copy.deepcopy(model)
-    with runs_of(training_form._NewFeatures) as counts:
+    with runs_of(training_form_cpu.NewFeatures) as counts:
         y, dx, grads, buffers = step(model, x)
-    assert counts['_NewFeatures'] == count
+    assert counts['NewFeatures'] == count
     with plain_form():
         y2, dx2, grads2, buffers2 = step(twin, x)
 
@@ -209,9 +209,9 @@ def test_gradcheck(kwargs):
     features = dense2net.Features(OrderedDict(denseblock1=block, transition1=transition))
     x = normal(2, 3, 4, 5).requires_grad_()
     for run, outputs in ((lambda x: transition(block(x)), 1), (features, 0)):
-        with runs_of(training_form._Output, training_form._Transition) as counts:
+        with runs_of(training_buffers.Output, training_form_cpu.Transition) as counts:
             y = run(x)
-        assert counts == {'_Output': outputs, '_Transition': 1}
+        assert counts == {'Output': outputs, 'Transition': 1}
         torch.testing.assert_close(y, transition(block(x)))
         assert gradcheck(lambda x, *_: run(x), (x, *parameters), fast_mode=True)
 
@@ -232,9 +232,9 @@ def test_autocast(many, monkeypatch):
     with plain_form():
         _, dx, grads, buffers = step(exact, x)
     with torch.autocast('cpu', dtype=torch.bfloat16):
-        with runs_of(training_form._NewFeatures, training_form._Transition) as counts:
+        with runs_of(training_form_cpu.NewFeatures, training_form_cpu.Transition) as counts:
             ours = step(model, x)
-        assert counts == {'_NewFeatures': 7, '_Transition': 2}
+        assert counts == {'NewFeatures': 7, 'Transition': 2}
         with plain_form():
             plain = step(twin, x)
     assert ours[0].dtype == plain[0].dtype
@@ -321,9 +321,9 @@ def test_fake_tensors_take_the_plain_form():
     mode, model = FakeTensorMode(), create()
     with FakeCopyMode(mode):
         model = copy.deepcopy(model)
-    with mode, runs_of(training_form._NewFeatures) as counts:
+    with mode, runs_of(training_form_cpu.NewFeatures) as counts:
         assert model(torch.empty(4, 3, 13, 11, dtype=torch.float64)).shape == (4, 5)
-    assert counts == {'_NewFeatures': 0}
+    assert counts == {'NewFeatures': 0}
 
 
 @pytest.mark.parametrize('change', [
@@ -430,9 +430,9 @@ def test_second_derivatives_of_the_plain_form(monkeypatch):
     model, x = create(), normal(4, 3, 13, 11)
     for enable, runs in ((False, 0), (True, 7)):
         training_form.set_training_form(enable)
-        with runs_of(training_form._NewFeatures) as counts:
+        with runs_of(training_form_cpu.NewFeatures) as counts:
             loss = model(x).square().mean()
-        assert counts['_NewFeatures'] == runs
+        assert counts['NewFeatures'] == runs
         if not enable:
             weight = model.features.denseblock1.denselayer1.conv1.weight
             gradient, = torch.autograd.grad(loss, weight, create_graph=True)
@@ -492,9 +492,9 @@ def test_plain_form_where_the_training_form_does_not_apply(change):
         assert not training_form.has_training_form(convert_sync_batchnorm(model.features.denseblock1), x)
         return
     twin = copy.deepcopy(model)
-    with runs_of(training_form._NewFeatures) as counts:
+    with runs_of(training_form_cpu.NewFeatures) as counts:
         y = model(x)
-    assert counts['_NewFeatures'] == 0
+    assert counts['NewFeatures'] == 0
     if change in ('hook', 'forward'):
         assert len(seen) == 3
     with plain_form():
@@ -507,9 +507,9 @@ def test_blocks_of_few_pixels_take_the_plain_form(monkeypatch):
     x = normal(4, 3, 32, 32, dtype=torch.float32)
     for images, checkpointing, layers in ((x, False, 2), (x[:3], False, 0), (x[:3], True, 0)):
         model.set_grad_checkpointing(checkpointing)
-        with runs_of(training_form._NewFeatures, training_form._Transition) as counts:
+        with runs_of(training_form_cpu.NewFeatures, training_form_cpu.Transition) as counts:
             model(images)
-        assert counts == {'_NewFeatures': layers, '_Transition': 2}
+        assert counts == {'NewFeatures': layers, 'Transition': 2}
 
 
 def test_traced_forms_train_as_the_plain_form():

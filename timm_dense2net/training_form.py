@@ -11,38 +11,31 @@ keeps or passes over once more for every layer that reads a feature is done once
   `Memory-Efficient Implementation of DenseNets` - https://arxiv.org/abs/1707.06990
 * Norm, activation and 1x1 convolution run on so few pixels at a time, that what is between them stays in the caches.
 * On a GPU more is kept: there it is the number of kernels that counts (`training_form_gpu.py`).
-* On a CPU the memory of large tensors is kept from one step for the next (`memory_pool.py`).
+* On a CPU (`training_form_cpu.py`) the memory of large tensors is kept from one step for the next (`memory_pool.py`).
 * Average pooling after a 1x1 convolution is that convolution after the pooling, on a quarter of the pixels.
 
 Of the gradient of a norm's input (`batch_norm.py`) the first term is added up over all layers that read the input in
 one matrix, and the gradients of mean and variance in one vector each. The other two terms follow once, when these sums
 are complete: in the backward pass of what made the input.
 """
-import logging
-import math
 import os
 from contextlib import contextmanager
-from functools import lru_cache
-from typing import Any, Iterator, List, Optional, Sequence, Tuple
+from types import ModuleType
+from typing import Iterator, Optional
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
-from torch.autograd import Function
 
 from timm.layers import BatchNormAct2d
 
-from .batch_norm import (
-    Norm, add_scaled, batch_stats, join_stats, parts, scale_and_shift, stats_terms, update_running_stats)
-from .errors import one_line
+from . import training_form_cpu
 from .hooks import has_hooks, is_transformed
-from .memory_pool import MemoryPool, pool_of
+from .memory_pool import pool_of
+from .training_buffers import AddFeatures, Buffers, Output, Statistics, runs_on_kernels
 
 __all__ = [
-    'Buffers', 'as_maps', 'as_pixels', 'block_has_training_form', 'block_in_training', 'check_first_order', 'conv_args',
-    'has_training_form', 'let_go', 'plain_form', 'set_training_form', 'transition_in_training']
-
-_logger = logging.getLogger(__name__)
+    'block_has_training_form', 'block_in_training', 'has_training_form', 'plain_form', 'set_training_form',
+    'transition_in_training']
 
 # Below this number of pixels a block takes less time in the plain form, and little memory in either.
 MANY_PIXELS = 4096
@@ -92,23 +85,6 @@ def has_training_form(module: nn.Module, x: torch.Tensor) -> bool:
         and not has_hooks(module))
 
 
-def runs_on_kernels(x: torch.Tensor) -> bool:
-    """Whether x lies where the training form is that of `training_form_gpu.py`."""
-    return x.device.type == 'cuda' and _has_triton()
-
-
-@lru_cache
-def _has_triton() -> bool:
-    # It comes with torch, but not on every system, and needs a compiler of C besides.
-    try:
-        from .norm_kernels import try_kernels
-        try_kernels(torch.device('cuda'))
-    except Exception as e:  # of many kinds, all of which mean the same
-        _logger.warning(f'Training without the kernels of norm_kernels.py: {one_line(e)}')
-        return False
-    return True
-
-
 @torch.jit.ignore
 def block_has_training_form(block: nn.ModuleDict, x: torch.Tensor) -> bool:
     """Whether a block can run on x (N, C, H, W) in the training form and that saves time."""
@@ -126,470 +102,12 @@ def _is_covered(norm: nn.Module) -> bool:
         and type(norm.act) is nn.ReLU and isinstance(norm.drop, nn.Identity))
 
 
-def conv_args(conv: nn.Conv2d) -> Tuple[Any, ...]:
-    """What a convolution and its gradient take after weight and bias."""
-    return conv.stride, conv.padding, conv.dilation, False, [0, 0], conv.groups
-
-
-def check_first_order(gradient: torch.Tensor) -> None:
-    """Refuses second derivatives and batched gradients, of which the training form knows nothing.
-
-    Raises:
-        RuntimeError: If the backward pass that brings the gradient was called for either.
-    """
-    if torch.is_grad_enabled() or torch._C._functorch.is_legacy_batchedtensor(gradient):
-        given = 'create_graph' if torch.is_grad_enabled() else 'is_grads_batched'
-        raise RuntimeError(
-            'no second derivatives and no batched gradients in the training form, and backward was called with '
-            f'{given}=True: call timm_dense2net.training_form.set_training_form(False) before training, or set '
-            'TIMM_DENSE2NET_TRAINING_FORM=0')
-
-
-def as_maps(x: torch.Tensor) -> torch.Tensor:
-    """(N, C, H, W) of (N, H, W, C)."""
-    return x.permute(0, 3, 1, 2)
-
-
-def as_pixels(x: torch.Tensor) -> torch.Tensor:
-    """(N * H * W, C) of (N, C, H, W), without a copy if x is channels last."""
-    return x.permute(0, 2, 3, 1).flatten(0, 2)
-
-
-def _add_stats_gradient(
-        dx: torch.Tensor, x: torch.Tensor, mean: torch.Tensor, gradient: torch.Tensor, out: torch.Tensor) -> None:
-    """Write to out dx and what the gradients (2, C) of mean and variance of x add to it; all (pixels, C)."""
+def _form_on(x: torch.Tensor) -> ModuleType:
+    """Where x lies, what makes new features and applies a transition."""
     if runs_on_kernels(x):
-        from .norm_kernels import add_stats_gradient
-        add_stats_gradient(dx, x, mean, gradient, out)
-        return
-    offset, slope = stats_terms(mean, gradient, x.shape[0])
-    for part in parts(x, *x.shape):
-        torch.add(dx[part], scale_and_shift(x[part], slope, offset), out=out[part])
-
-
-class Buffers:
-    """Buffers of one pass through a block.
-
-    Args:
-        x: Input (N, C, H, W) of the block.
-        channels: Features of the block's output.
-        pool: What the large ones are made in.
-    """
-
-    def __init__(self, x: torch.Tensor, channels: int, pool: MemoryPool) -> None:
-        self.size = (x.shape[0], *x.shape[2:])
-        self.in_chs = x.shape[1]
-        self.pool = pool
-        self.features = pool.empty((x.numel() // x.shape[1], channels), x)
-        self.stats = x.new_empty((2, channels), dtype=torch.promote_types(x.dtype, torch.float32))
-        self._scratch = {}
-
-    def write(self, channels: slice, maps: torch.Tensor) -> None:
-        """Writes maps (N, C, H, W) and their statistics to some of the channels."""
-        # Around autograd's count of writes: nothing in the graph has read these channels.
-        place = self.features.data[:, channels]
-        if runs_on_kernels(maps):
-            from .norm_kernels import moments
-            pixels = as_pixels(maps.to(place.dtype).contiguous(memory_format=torch.channels_last))
-            moments(pixels, *self.stats.data[:, channels], copy=place)
-            return
-        place.copy_(as_pixels(maps))
-        self.stats[0, channels], self.stats[1, channels] = batch_stats(maps)
-
-    def scratch(self, name: str, splits: int, width: int, like: torch.Tensor) -> torch.Tensor:
-        """A buffer (splits, N, H, W, width) that one layer after another writes."""
-        if name not in self._scratch:
-            self._scratch[name] = self.pool.empty((splits, *self.size, width), like)
-        return self._scratch[name]
-
-    def free_scratch(self) -> None:
-        """Lets go of the scratch buffers."""
-        self._scratch.clear()
-
-    def release(self) -> None:
-        """Leave the features to the graph alone."""
-        self.free_scratch()
-        self.features = None
-
-
-def let_go(ctx: Any, *names: str) -> None:
-    """After a backward pass, lets go of what autograd does not know of, where it does so of the saved tensors.
-
-    A loss that is kept keeps its graph, and so all that this still holds.
-    """
-    if not torch._C._autograd._get_current_graph_task_keep_graph():
-        for name in names:
-            delattr(ctx, name)
-
-
-class _AddFeatures(Function):
-    """Write maps (N, C, H, W) and their statistics into the buffers, from a channel on.
-
-    ``features`` and ``stats`` stand for the buffers in the graph. They go through all functions of a block, one after
-    another, and so do their gradients, to which each of these adds its part in place.
-    """
-
-    @staticmethod
-    def forward(
-            ctx: Any,
-            buffers: Buffers,
-            start: int,
-            maps: torch.Tensor,
-            features: torch.Tensor,
-            stats: torch.Tensor,
-    ) -> Tuple[torch.Tensor, torch.Tensor]:
-        ctx.buffers, ctx.channels = buffers, slice(start, start + maps.shape[1])
-        buffers.write(ctx.channels, maps)
-        ctx.save_for_backward(features)
-        return features, stats
-
-    @staticmethod
-    def backward(ctx: Any, dfeatures: torch.Tensor, dstats: torch.Tensor):
-        features, = ctx.saved_tensors
-        x, dx = features[:, ctx.channels], dfeatures[:, ctx.channels]
-        buffers = ctx.buffers
-        dmaps = buffers.pool.empty(dx.shape, dx)
-        _add_stats_gradient(dx, x, buffers.stats[0, ctx.channels], dstats[:, ctx.channels], out=dmaps)
-        let_go(ctx, 'buffers')
-        return None, None, as_maps(dmaps.view(*buffers.size, -1)), dfeatures, dstats
-
-
-class _Output(Function):
-    """Output (N, C, H, W) of a block; in backward, the buffers for the gradients of its features and statistics."""
-
-    @staticmethod
-    def forward(ctx: Any, buffers: Buffers, features: torch.Tensor, stats: torch.Tensor) -> torch.Tensor:
-        ctx.buffers = buffers
-        ctx.save_for_backward(stats)
-        return as_maps(features.detach().view(*buffers.size, -1))
-
-    @staticmethod
-    def backward(ctx: Any, doutput: torch.Tensor):
-        check_first_order(doutput)
-        stats, = ctx.saved_tensors
-        pixels = as_pixels(doutput)
-        dfeatures = ctx.buffers.pool.empty(pixels.shape, pixels).copy_(pixels)
-        let_go(ctx, 'buffers')
-        return None, dfeatures, torch.zeros_like(stats)
-
-
-def _layer_parameters(layer: nn.Module) -> List[nn.Parameter]:
-    norm_conv = [layer.norm1.weight, layer.norm1.bias, layer.conv1.weight, layer.norm2.weight, layer.norm2.bias]
-    if isinstance(layer.conv2, nn.Conv2d):
-        return [*norm_conv, layer.conv2.weight]
-    hierarchy = [
-        p for conv, norm in zip(layer.conv2.convs, layer.conv2.norms) for p in (conv.weight, norm.weight, norm.bias)]
-    return [*norm_conv, *hierarchy, layer.conv3.weight]
-
-
-class _LayerPass:
-    """One pass through a dense layer up to its last convolution.
-
-    Big tensors are left to autograd: ``forward`` returns what ``backward`` needs of them.
-
-    Args:
-        layer: The layer.
-        buffers: Buffers of the block.
-        parameters: What ``_layer_parameters`` returns.
-        dtype: Dtype of the features.
-    """
-
-    def __init__(
-            self, layer: nn.Module, buffers: Buffers, parameters: Sequence[torch.Tensor], dtype: torch.dtype) -> None:
-        self.layer, self.buffers = layer, buffers
-        self.in_chs = layer.conv1.in_channels
-        self.has_hierarchy = not isinstance(layer.conv2, nn.Conv2d)
-        self.splits = layer.conv2.scale if self.has_hierarchy else 1
-        self.width = layer.conv1.out_channels // self.splits
-        weight, bias, conv1, weight2, bias2, *rest = parameters
-        self.norm1 = Norm.of_batch(*buffers.stats[:, :self.in_chs], weight, bias, layer.norm1.eps)
-        self.conv1 = conv1.flatten(1).to(dtype)
-        self.affine2 = (weight2, bias2)
-        if self.has_hierarchy:
-            self.conv3 = rest.pop().flatten(1).to(dtype)
-        self.convs = [w.to(dtype, memory_format=torch.channels_last) for w in rest[::3]]
-        self.affines = list(zip(rest[1::3], rest[2::3]))
-
-    def forward(self, features: torch.Tensor) -> Tuple[torch.Tensor, List[torch.Tensor]]:
-        """Output (N, C, H, W) of the last convolution; outputs of conv1 and of the hierarchy's convolutions."""
-        kept = self.forward_kept(features)
-        ys = self._scratch('y', kept[0])
-        return as_maps(self._conv3(ys) if self.has_hierarchy else self._conv(0, ys[0])), kept
-
-    def forward_kept(self, features: torch.Tensor) -> List[torch.Tensor]:
-        """Outputs of conv1 and of the hierarchy's convolutions; the hierarchy's own goes to the scratch buffer 'y'."""
-        bottleneck, stats2 = self._bottleneck(features[:, :self.in_chs])
-        self.norm2 = Norm.of_batch(*stats2, *self.affine2, self.layer.norm2.eps)
-        self.norms2 = self.norm2.split(self.width)
-        ys = self._scratch('y', bottleneck).unbind()
-        for norm, x, y in zip(self.norms2, bottleneck, ys):
-            norm.forward(x, y)
-        outputs, self.norms = [], []
-        for i, affine in enumerate(self.affines):
-            z = self.buffers.pool.keep(self._conv(i, ys[i + 1].add_(ys[i])))
-            norm = Norm.of_batch(*batch_stats(as_maps(z)), *affine, self.layer.conv2.norms[i].eps)
-            norm.forward(z, ys[i + 1])
-            outputs.append(z)
-            self.norms.append(norm)
-        return [bottleneck, *outputs]
-
-    def _scratch(self, name: str, like: torch.Tensor, splits: Optional[int] = None) -> torch.Tensor:
-        return self.buffers.scratch(name, splits or self.splits, self.width, like)
-
-    def _bottleneck(self, features: torch.Tensor) -> Tuple[torch.Tensor, Tuple[torch.Tensor, torch.Tensor]]:
-        """Output of conv1 (splits, N, H, W, width), its mean and variance (splits * width,)."""
-        out = self.buffers.pool.empty((self.splits, len(features), self.width), features)
-        stats, shares = [], []
-        for part in parts(features, *features.shape):
-            x = features[part]
-            y = self.norm1.forward(x, x.new_empty(x.shape)) @ self.conv1.t()
-            out[:, part] = self._split(y)
-            stats.append(batch_stats(y[..., None, None]))
-            shares.append(len(y) / len(features))
-        out = out.view(self.splits, *self.buffers.size, self.width)
-        if len(stats) == 1:
-            return out, stats[0]
-        means, variances = map(torch.stack, zip(*stats))
-        return out, join_stats(means, variances, means.new_tensor(shares)[:, None])
-
-    def _split(self, x: torch.Tensor) -> torch.Tensor:
-        """(splits, pixels, width) of (pixels, splits * width)."""
-        return x.view(-1, self.splits, self.width).transpose(0, 1)
-
-    def _conv_args(self, i: int) -> Tuple[Any, ...]:
-        return None, *conv_args(self.layer.conv2.convs[i] if self.has_hierarchy else self.layer.conv2)
-
-    def _conv(self, i: int, x: torch.Tensor) -> torch.Tensor:
-        """3x3 convolution i of (N, H, W, width)."""
-        return torch.convolution(as_maps(x), self.convs[i], *self._conv_args(i)).permute(0, 2, 3, 1).contiguous()
-
-    def _conv_backward(self, i: int, dy: torch.Tensor, x: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
-        """Gradients of the input (N, H, W, width) of 3x3 convolution i and of its weight."""
-        _, *args = self._conv_args(i)
-        dx, dweight, _ = torch.ops.aten.convolution_backward(
-            as_maps(dy), as_maps(x), self.convs[i], None, *args, [True, True, False])
-        return dx.permute(0, 2, 3, 1).contiguous(), dweight
-
-    def _conv3(self, ys: torch.Tensor) -> torch.Tensor:
-        """conv3 (N, H, W, C) of the hierarchy's output (splits, N, H, W, width)."""
-        pixels = ys.flatten(1, 3)
-        out = ys.new_empty((pixels.shape[1], len(self.conv3)))
-        for part in parts(out, len(out), self.splits * self.width):
-            torch.mm(_merge(pixels[:, part]), self.conv3.t(), out=out[part])
-        return out.view(*self.buffers.size, -1)
-
-    def update_running_stats(self) -> None:
-        layer, count = self.layer, math.prod(self.buffers.size)
-        update_running_stats(layer.norm1, self.norm1.mean, self.norm1.var, count)
-        update_running_stats(layer.norm2, self.norm2.mean, self.norm2.var, count)
-        for module, norm in zip(getattr(layer.conv2, 'norms', []), self.norms):
-            update_running_stats(module, norm.mean, norm.var, count)
-
-    def backward(
-            self,
-            features: torch.Tensor,
-            kept: Sequence[torch.Tensor],
-            dnew: torch.Tensor,
-            dfeatures: torch.Tensor,
-            dstats: torch.Tensor,
-    ) -> List[torch.Tensor]:
-        """Add the gradients of features (pixels, C) and stats (2, C) to those given, return the parameters'."""
-        bottleneck, *outputs = kept
-        ys = self._scratch('y', bottleneck)
-        for norm, x, y in zip([self.norms2[0], *self.norms], [bottleneck[0], *outputs], ys):
-            norm.forward(x, y)
-        dys, dlast = self._last_conv_backward(dnew.permute(0, 2, 3, 1), ys)
-        dhierarchy, daffines2 = [], []
-        for i in reversed(range(self.splits)):
-            x, dx = ys[0], dys[i]
-            if i > 0:
-                x = self.norms2[i].forward(bottleneck[i], self._scratch('x', ys, splits=1)[0])
-                total = torch.add(x, ys[i - 1], out=self._scratch('sum', ys, splits=1)[0])
-                dz, *daffine = self.norms[i - 1].backward(dys[i], ys[i], outputs[i - 1])
-                dx, dconv = self._conv_backward(i - 1, dz, total)
-                dys[i - 1].add_(dx)
-                dhierarchy = [dconv, *daffine, *dhierarchy]
-            # The hierarchy's outputs are not read again from here on: their place takes the gradients of its input.
-            pixels = (t.flatten(0, 2) for t in (dx, x, bottleneck[i], ys[i]))
-            daffines2.insert(0, self.norms2[i].parameter_gradients(*pixels))
-        dweight2, dbias2 = daffine2 = torch.cat(daffines2, 1)
-        daffine1, dconv1 = self._bottleneck_backward(
-            features[:, :self.in_chs], bottleneck, ys, daffine2, dfeatures[:, :self.in_chs])
-        dstats[:, :self.in_chs] += self.norm1.stats_gradient(*daffine1)
-        return [*daffine1, dconv1[..., None, None], dweight2, dbias2, *dhierarchy, dlast]
-
-    def _last_conv_backward(self, dnew: torch.Tensor, ys: torch.Tensor) -> Tuple[Sequence[torch.Tensor], torch.Tensor]:
-        """Gradients of the hierarchy's output splits (N, H, W, width) and of the last convolution's weight."""
-        if not self.has_hierarchy:
-            dy, dconv = self._conv_backward(0, dnew, ys[0])
-            return [dy], dconv
-        dys = self._scratch('dy', ys)
-        dnew, dpixels, pixels = dnew.flatten(0, 2), dys.flatten(1, 3), ys.flatten(1, 3)
-        dconv = torch.zeros_like(self.conv3, dtype=self.norm1.weight.dtype)
-        for part in parts(dnew, len(dnew), self.splits * self.width):
-            dconv += dnew[part].t() @ _merge(pixels[:, part])
-            dpixels[:, part] = self._split(dnew[part] @ self.conv3)
-        return dys, dconv[..., None, None]
-
-    def _bottleneck_backward(
-            self,
-            features: torch.Tensor,
-            bottleneck: torch.Tensor,
-            dnormed: torch.Tensor,
-            daffine2: torch.Tensor,
-            dfeatures: torch.Tensor,
-    ) -> Tuple[torch.Tensor, torch.Tensor]:
-        """Gradients (2, C) of norm1's weight and bias, and of conv1's weight; adds to dfeatures.
-
-        Those of norm2's output before its activation, and of its weight and bias, are given.
-        """
-        norm2 = self.norm2
-        offset, slope = stats_terms(norm2.mean, norm2.stats_gradient(*daffine2), len(features))
-        terms = [t.view(self.splits, self.width) for t in (offset, slope, norm2.scale)]
-        daffine = torch.zeros_like(self.buffers.stats[:, :self.in_chs])
-        dconv = torch.zeros_like(self.conv1, dtype=daffine.dtype)
-        scale = self.norm1.scale.to(features.dtype)
-        for part in parts(features, *features.shape):
-            x, d = features[part].contiguous(), self._dbottleneck(bottleneck, dnormed, part, *terms)
-            y = self.norm1.forward(x, torch.empty_like(x))
-            dconv += d.t() @ y
-            dy = d @ self.conv1
-            daffine += self.norm1.parameter_gradients(dy, y, x, out=dy)
-            dfeatures[part].addcmul_(dy, scale)
-        return daffine, dconv
-
-    def _dbottleneck(
-            self,
-            bottleneck: torch.Tensor,
-            dnormed: torch.Tensor,
-            part: slice,
-            offset: torch.Tensor,
-            slope: torch.Tensor,
-            scale: torch.Tensor,
-    ) -> torch.Tensor:
-        """A part (rows, splits * width) of the gradient of conv1's output: offset + slope x + scale dnormed."""
-        x, dnormed = (t.flatten(1, 3)[:, part].transpose(0, 1) for t in (bottleneck, dnormed))
-        d = scale_and_shift(x, slope, offset)
-        return add_scaled(d, dnormed, scale, out=d).flatten(1)
-
-
-def _merge(splits: torch.Tensor) -> torch.Tensor:
-    """(rows, splits * width) of (splits, rows, width)."""
-    return splits.transpose(0, 1).flatten(1)
-
-
-class _NewFeatures(Function):
-    """New features (N, C, H, W) of a layer before its attention; features and stats as in ``_AddFeatures``."""
-
-    @staticmethod
-    def forward(
-            ctx: Any,
-            buffers: Buffers,
-            layer: nn.Module,
-            features: torch.Tensor,
-            stats: torch.Tensor,
-            *parameters: torch.Tensor,
-    ) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        ctx.run = _LayerPass(layer, buffers, parameters, features.dtype)
-        new, kept = ctx.run.forward(features)
-        ctx.run.update_running_stats()
-        ctx.save_for_backward(features, *parameters, *([] if layer.grad_checkpointing else kept))
-        return new, features, stats
-
-    @staticmethod
-    def backward(ctx: Any, dnew: torch.Tensor, dfeatures: torch.Tensor, dstats: torch.Tensor):
-        features, *saved = ctx.saved_tensors
-        kept = saved[len(ctx.needs_input_grad) - 4:]
-        run = ctx.run
-        with torch.autocast(dnew.device.type, enabled=False):
-            if not kept:
-                kept = run.forward_kept(features)
-            gradients = run.backward(features, kept, dnew, dfeatures, dstats)
-        if run.in_chs == run.buffers.in_chs:
-            run.buffers.free_scratch()
-        let_go(ctx, 'run')
-        return None, None, dfeatures, dstats, *gradients
-
-
-def _new_features(
-        buffers: Buffers, layer: nn.Module, features: torch.Tensor, stats: torch.Tensor,
-) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """New features of a layer before its attention, and what stands for the buffers after it."""
-    with torch.autocast(features.device.type, enabled=False):
-        return _NewFeatures.apply(buffers, layer, features, stats, *_layer_parameters(layer))
-
-
-class _Statistics(Function):
-    """Pixels (N * H * W, C) of maps (N, C, H, W), and their mean and variance (2, C)."""
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
-        x = x.contiguous(memory_format=torch.channels_last)
-        ctx.size = (x.shape[0], *x.shape[2:])
-        features, stats = as_pixels(x.detach()), torch.stack(batch_stats(x))
-        ctx.save_for_backward(features, stats)
-        return features, stats
-
-    @staticmethod
-    def backward(ctx: Any, dfeatures: torch.Tensor, dstats: torch.Tensor) -> torch.Tensor:
-        features, stats = ctx.saved_tensors
-        _add_stats_gradient(dfeatures, features, stats[0], dstats, out=dfeatures)
-        return as_maps(dfeatures.view(*ctx.size, -1))
-
-
-class _Transition(Function):
-    """Norm, ReLU, average pooling, 1x1 convolution, which gives what pooling after it gives.
-
-    Of features (N * H * W, C) and their statistics (2, C); size is (N, H, W). The gradients of both are its own: what
-    made the features adds to them in place.
-    """
-
-    @staticmethod
-    def forward(
-            ctx: Any,
-            transition: nn.Sequential,
-            pool: MemoryPool,
-            size: Tuple[int, int, int],
-            features: torch.Tensor,
-            stats: torch.Tensor,
-            weight: torch.Tensor,
-            bias: torch.Tensor,
-            conv: torch.Tensor,
-    ) -> torch.Tensor:
-        norm = ctx.norm = Norm.of_batch(*stats, weight, bias, transition.norm.eps)
-        ctx.pool, ctx.size = pool, size
-        ctx.save_for_backward(features, weight, bias, conv)
-        update_running_stats(transition.norm, norm.mean, norm.var, len(features))
-        x = features.view(*size, -1)
-        matrix = conv.flatten(1).to(x.dtype)
-        n, h, w = size
-        out = x.new_empty((n, h // 2, w // 2, len(matrix)))
-        for images in parts(x, n, x[0].numel()):
-            y = norm.forward(x[images], torch.empty_like(x[images]))
-            out[images] = F.avg_pool2d(as_maps(y), 2).permute(0, 2, 3, 1) @ matrix.t()
-        return as_maps(out)
-
-    @staticmethod
-    def backward(ctx: Any, dout: torch.Tensor):
-        check_first_order(dout)
-        features, _, _, conv = ctx.saved_tensors
-        norm = ctx.norm
-        x = features.view(*ctx.size, -1)
-        matrix = conv.flatten(1).to(x.dtype)
-        daffine = norm.mean.new_zeros((2, x.shape[-1]))
-        dconv = torch.zeros_like(matrix, dtype=conv.dtype)
-        dx = ctx.pool.empty(x.shape, x)
-        with torch.autocast(x.device.type, enabled=False):
-            for images in parts(x, len(x), x[0].numel()):
-                y, d = norm.forward(x[images], torch.empty_like(x[images])), dout[images].permute(0, 2, 3, 1)
-                dconv += d.flatten(0, 2).t() @ as_pixels(F.avg_pool2d(as_maps(y), 2))
-                dy = torch.ops.aten.avg_pool2d_backward(
-                    as_maps(d @ matrix), as_maps(y), [2, 2], [2, 2], [0, 0], False, True, None).permute(0, 2, 3, 1)
-                daffine += norm.parameter_gradients(dy, y, x[images], out=dy)
-                torch.mul(dy, norm.scale.to(x.dtype), out=dx[images])
-        dstats = norm.stats_gradient(*daffine)
-        let_go(ctx, 'norm', 'pool')
-        return None, None, None, dx.view(features.shape), dstats, *daffine, dconv[..., None, None]
+        from . import training_form_gpu  # not to be imported without triton
+        return training_form_gpu
+    return training_form_cpu
 
 
 @torch.jit.ignore
@@ -601,38 +119,22 @@ def block_in_training(
     """
     layers = list(block.values())
     buffers = Buffers(x, layers[-1].conv1.in_channels + layers[-1].growth_rate, pool_of(block, x))
-    new_features = _new_features
-    if runs_on_kernels(x):
-        from .training_form_gpu import new_features  # not to be imported without triton
-    features, stats = _AddFeatures.apply(buffers, 0, x, buffers.features.detach(), buffers.stats.detach())
+    new_features = _form_on(x).new_features
+    features, stats = AddFeatures.apply(buffers, 0, x, buffers.features.detach(), buffers.stats.detach())
     for layer in layers:
         new, features, stats = new_features(buffers, layer, features, stats)
         new = layer.drop_path(layer.attn(new))
-        features, stats = _AddFeatures.apply(buffers, layer.conv1.in_channels, new, features, stats)
+        features, stats = AddFeatures.apply(buffers, layer.conv1.in_channels, new, features, stats)
     buffers.release()
     if transition is None:
-        return _Output.apply(buffers, features, stats)
-    return _apply_transition(transition, buffers.pool, buffers.size, features, stats)
+        return Output.apply(buffers, features, stats)
+    return _form_on(x).apply_transition(transition, buffers.pool, buffers.size, features, stats)
 
 
 @torch.jit.ignore
 def transition_in_training(transition: nn.Sequential, x: torch.Tensor) -> torch.Tensor:
     """Output (N, out_chs, H // 2, W // 2), channels last in memory, of x (N, in_chs, H, W)."""
     with torch.autocast(x.device.type, enabled=False):
-        features, stats = _Statistics.apply(x)
-    return _apply_transition(transition, pool_of(transition, x), (x.shape[0], *x.shape[2:]), features, stats)
-
-
-def _apply_transition(
-        transition: nn.Sequential,
-        pool: MemoryPool,
-        size: Tuple[int, int, int],
-        features: torch.Tensor,
-        stats: torch.Tensor,
-) -> torch.Tensor:
-    norm, conv = transition.norm, transition.conv
-    with torch.autocast(features.device.type, enabled=False):
-        if runs_on_kernels(features):
-            from .training_form_gpu import PooledTransition
-            return PooledTransition.apply(norm, size, features, stats, norm.weight, norm.bias, conv.weight)
-        return _Transition.apply(transition, pool, size, features, stats, norm.weight, norm.bias, conv.weight)
+        features, stats = Statistics.apply(x)
+    size = x.shape[0], *x.shape[2:]
+    return _form_on(x).apply_transition(transition, pool_of(transition, x), size, features, stats)

@@ -1,6 +1,6 @@
 """The training form on a GPU, by the kernels of `norm_kernels.py`.
 
-The features, their statistics and the gradients of both lie in the buffers of `training_form.py`. A layer's norm and
+The features, their statistics and the gradients of both lie in the buffers of `training_buffers.py`. A layer's norm and
 activation take one pass over them forward, one to be made again and one backward. In the hierarchy a norm, its
 activation and the sum with the next split are one pass, and the maps of a split stay apart, as convolutions want them
 contiguous. What follows the bottleneck of a layer without hierarchy is autograd's own.
@@ -15,6 +15,7 @@ from torch.autograd import Function
 from timm.layers import BatchNormAct2d
 
 from .batch_norm import update_running_stats
+from .memory_pool import MemoryPool
 from .norm_kernels import (
     KernelNorm,
     add_stats_gradient,
@@ -26,9 +27,9 @@ from .norm_kernels import (
     norm_relu,
     norm_relu_backward,
 )
-from .training_form import Buffers, as_maps, as_pixels, check_first_order, conv_args, let_go
+from .training_buffers import Buffers, as_maps, as_pixels, check_first_order, conv_args, let_go
 
-__all__ = ['PooledTransition', 'new_features']
+__all__ = ['apply_transition', 'new_features']
 
 
 class Bottleneck(Function):
@@ -273,6 +274,22 @@ class PooledTransition(Function):
             norm_relu_backward(dy, features, norm, dx, sums)
             gradients = norm_gradients(sums, norm)
         return None, None, dx, gradients[2:], gradients[0], gradients[1], dconv[..., None, None]
+
+
+def apply_transition(
+        transition: nn.Sequential,
+        pool: MemoryPool,
+        size: Tuple[int, int, int],
+        features: torch.Tensor,
+        stats: torch.Tensor,
+) -> torch.Tensor:
+    """Output (N, out_chs, H // 2, W // 2) of a transition, of features (N * H * W, C) and their statistics (2, C).
+
+    The pool is of no use here, as torch keeps a GPU's memory itself.
+    """
+    norm, conv = transition.norm, transition.conv
+    with torch.autocast(features.device.type, enabled=False):
+        return PooledTransition.apply(norm, size, features, stats, norm.weight, norm.bias, conv.weight)
 
 
 def _unpool(x: torch.Tensor, size: Tuple[int, int, int]) -> torch.Tensor:
