@@ -23,7 +23,7 @@ from .checkpoint import load_weights
 from .counts import count_macs, count_params
 from .dense2net import SplitHierarchyConv2d, find_norm_act_layer
 from .errors import one_line
-from .names import check_model_name
+from .names import check_model_name, layer_names
 
 __all__ = [
     'convert_res2net', 'reapply_conversion', 'conversion_metadata', 'conversion_in', 'load_converted', 'METADATA_KEY',
@@ -128,9 +128,7 @@ def reapply_conversion(model: nn.Module, conversion: Mapping[str, Any]) -> nn.Mo
 
 def _find_convs(model: nn.Module, scale: int) -> dict[str, str]:
     """Names of all 3x3 convolutions, each with the reason to keep it, empty if it can be replaced."""
-    first_convs = getattr(model, 'pretrained_cfg', {}).get('first_conv') or ()
-    first_convs = (first_convs,) if isinstance(first_convs, str) else first_convs
-    first_convs = {_flat(name) for name in first_convs}
+    first_convs = {_flat(name) for name in layer_names(getattr(model, 'pretrained_cfg', {}), 'first_conv')}
     hierarchies = _below(model, lambda m: isinstance(m, (SplitHierarchyConv2d, Bottle2neck)))
     folded = _below(model, _folds_its_convs)
     reasons = {}

@@ -1,10 +1,11 @@
-"""Names of models, options and files, as they are asked for and told."""
+"""Names of models, layers, options and files, as they are asked for and told."""
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from timm.models import is_model, list_models, parse_model_name, split_model_name_tag
 
-__all__ = ['check_model_name', 'check_model_or_source', 'did_you_mean', 'is_utf8', 'option']
+__all__ = ['check_model_name', 'check_model_or_source', 'did_you_mean', 'is_utf8', 'layer_names', 'option']
 
 
 def did_you_mean(name: str, names: Iterable[str]) -> str:
@@ -25,6 +26,12 @@ def is_utf8(name: str) -> bool:
 def option(name: str) -> str:
     """An argument's name as it stands on the command line."""
     return f'--{name.replace("_", "-")}'
+
+
+def layer_names(cfg: Mapping[str, Any], key: str) -> tuple[str, ...]:
+    """Layers that a pretrained cfg names, as `classifier` or `first_conv`: none, one or several."""
+    names = cfg.get(key) or ()
+    return (names,) if isinstance(names, str) else tuple(names)
 
 
 def check_model_name(name: str) -> None:

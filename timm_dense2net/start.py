@@ -14,6 +14,7 @@ from timm.utils import freeze
 
 from .checkpoint import load_weights
 from .dense2net import Dense2Net, SplitHierarchyConv2d
+from .names import layer_names
 from .packaged import check_packaged, is_packaged, packaged_file
 from .trained import weights_config, weights_file, weights_shape
 
@@ -138,8 +139,7 @@ def _side_by_side(kernels: Sequence[torch.Tensor], inputs: int) -> torch.Tensor:
 def _check_names(
         path: str | Path, weights: Mapping[str, torch.Tensor], metadata: Mapping[str, str], model: nn.Module) -> None:
     """timm itself only logs what weights for other classes lack."""
-    classifier = model.pretrained_cfg.get('classifier') or ()
-    heads = tuple(f'{name}.' for name in ((classifier,) if isinstance(classifier, str) else classifier))
+    heads = tuple(f'{name}.' for name in layer_names(model.pretrained_cfg, 'classifier'))
     # Frozen norms count no batches.
     names = {name for name in weights.keys() ^ model.state_dict().keys() if not name.endswith('num_batches_tracked')}
     other = sorted(name for name in names if not name.startswith(heads))

@@ -22,7 +22,7 @@ from .errors import one_line
 from .hub import LOAD_ERRORS, check_weights, explain_hub_error
 from .images import PREPROCESSING, Images
 from .meta import check_input
-from .names import check_model_name, check_model_or_source
+from .names import check_model_name, check_model_or_source, layer_names
 from .packaged import is_packaged_file
 
 __all__ = [
@@ -234,9 +234,8 @@ def weights_shape(
     """
     shape = {}
     for argument, layer, axis in (('num_classes', 'classifier', 0), ('in_chans', 'first_conv', 1)):
-        names = cfg.get(layer) or ()
         # Some models have several classifiers, all for the same classes.
-        for name in (names,) if isinstance(names, str) else names:
+        for name in layer_names(cfg, layer):
             if f'{name}.weight' in weights:
                 shape[argument] = weights[f'{name}.weight'].shape[axis]
     if 'input_size' in metadata:

@@ -21,6 +21,7 @@ import torch
 import torch.nn as nn
 from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
+from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3, NativeScaler, distribute_bn
 from torch.backends import cudnn
 from torch.nn.parallel import DistributedDataParallel
@@ -152,7 +153,8 @@ class Trainer:
             self.optimizer = create_optimizer_v2(model, **optimizer_kwargs(args), filter_bias_and_bn=False)
         except (AssertionError, IndexError, TypeError, ValueError) as e:
             raise ValueError(f'--opt {args.opt}: {one_line(e)}') from e
-        self.scheduler, self.epochs = self._build_scheduler()
+        self.schedule, self.epochs = self._build_schedule()
+        self.plateau = self._build_plateau()
         # Made before the model is wrapped, as in timm's train.py.
         self.ema = ModelEmaV3(
             model, decay=args.model_ema_decay, use_warmup=args.model_ema_warmup) if args.model_ema else None
@@ -178,18 +180,25 @@ class Trainer:
         if getattr(self.optimizer, 'is_second_order', False):
             raise ValueError(f'--opt {self.args.opt} needs gradients of gradients, for which {option} is not made')
 
-    def _build_scheduler(self) -> tuple[Any, int]:
-        """A scheduler and the number of epochs it makes."""
+    def _build_schedule(self) -> tuple[Scheduler | None, int]:
+        """timm's schedule, None where the learning rate stays or falls at plateaus, and the epochs that it makes."""
+        if self.args.sched == 'plateau':
+            return None, self.args.epochs
+        updates_per_epoch = self._updates_of(len(self.train_loader))
+        return create_scheduler_v2(
+            self.optimizer, **scheduler_kwargs(self.args), updates_per_epoch=updates_per_epoch)
+
+    def _build_plateau(self) -> ReduceLROnPlateau | None:
+        """torch's, whose state can be saved."""
         args = self.args
         if args.sched != 'plateau':
-            return create_scheduler_v2(
-                self.optimizer, **scheduler_kwargs(args), updates_per_epoch=self._updates_of(len(self.train_loader)))
-        # timm's schedulers apply layer-wise decay themselves; torch's, whose state can be saved, knows nothing of it.
+            return None
+        # timm's schedules apply layer-wise decay themselves.
         for group in self.optimizer.param_groups:
             group['lr'] *= group.get('lr_scale', 1.)
         return ReduceLROnPlateau(
             self.optimizer, factor=args.decay_rate, patience=args.patience_epochs, cooldown=args.cooldown_epochs,
-            min_lr=args.min_lr), args.epochs
+            min_lr=args.min_lr)
 
     def _updates_of(self, batches: int) -> int:
         return math.ceil(batches / self.args.grad_accum_steps)
@@ -310,8 +319,8 @@ class Trainer:
         self.updates += 1
         if self.ema is not None:
             self.ema.update(self.model, step=self.updates)
-        if self.scheduler is not None and not isinstance(self.scheduler, ReduceLROnPlateau):
-            self.scheduler.step_update(self.scheduled_updates)
+        if self.schedule is not None:
+            self.schedule.step_update(self.scheduled_updates)
 
     def _reads_back(self, first: int) -> bool:
         """Whether the host looks at the device after the update that began with batch `first`."""
@@ -382,10 +391,10 @@ class Trainer:
 
     def _end_epoch(self) -> None:
         train, lr = self._train_metrics(), self.lr
-        if isinstance(self.scheduler, ReduceLROnPlateau):
-            self.scheduler.step(self.last['loss'])
-        elif self.scheduler is not None:
-            self.scheduler.step(self.epoch + 1)
+        if self.plateau is not None:
+            self.plateau.step(self.last['loss'])
+        if self.schedule is not None:
+            self.schedule.step(self.epoch + 1)
         is_best = self.last['top1'] > self.best.get('top1', -1.)
         if is_best:
             self.best = dict(self.last, epoch=self.epoch)
@@ -441,7 +450,7 @@ class Trainer:
             model=self.model.state_dict(),
             ema=self.ema.module.state_dict() if self.ema is not None else None,
             optimizer=self.optimizer.state_dict(),
-            plateau=self.scheduler.state_dict() if isinstance(self.scheduler, ReduceLROnPlateau) else None,
+            plateau=self.plateau.state_dict() if self.plateau is not None else None,
             scaler=self.scaler.state_dict() if self.scaler is not None else None,
             early_stop=dict(epochs_without_gain=self.epochs_without_gain, best=self.best, last=self.last),
             seconds=self.seconds,
@@ -474,7 +483,7 @@ class Trainer:
                 ' batch size')
         parts = dict(
             model=self.model, ema=self.ema and self.ema.module, optimizer=self.optimizer,
-            plateau=self.scheduler if isinstance(self.scheduler, ReduceLROnPlateau) else None, scaler=self.scaler)
+            plateau=self.plateau, scaler=self.scaler)
         for name, part in parts.items():
             if (part is None) != (state[name] is None):
                 raise ValueError(f'the state was saved {"with" if part is None else "without"} {name}')
@@ -489,13 +498,13 @@ class Trainer:
         self.last, self.best = state['early_stop']['last'], state['early_stop']['best']
         self.epochs_without_gain = state['early_stop']['epochs_without_gain']
         self.seconds = dict(state['seconds'])
-        if self.scheduler is not None and parts['plateau'] is None:
+        if self.schedule is not None:
             # timm's schedules follow from the position alone; a longer one takes effect at once. At its start a run has
             # made no step of them.
             if self.epoch:
-                self.scheduler.step(self.epoch)
+                self.schedule.step(self.epoch)
             if self.scheduled_updates:
-                self.scheduler.step_update(self.scheduled_updates)
+                self.schedule.step_update(self.scheduled_updates)
         self._load_process_state(state['processes'])
 
     def _restore_memory_format(self) -> None:
