@@ -24,7 +24,7 @@ from timm_dense2net.start import freeze_stages, pretrained_overlay
 from timm_dense2net.trained import load_trained
 
 MODEL = 'dense2net40_k12_s4'
-PACKAGED = packaged_file(f'{MODEL}.small_c100')
+PACKAGED = packaged_file(f'{MODEL}.sprint_40_k12_c100')
 SHAPES = ('cross', 'disc', 'frame', 'ring', 'up')
 
 # timm's scripts are in neither its wheel nor its sdist, and the tests fetch nothing.

@@ -37,7 +37,7 @@ def no_cache():
 
 def test_list_pretrained_is_true():
     assert {
-        f'{NAME}.small_c100', f'{NAME}.quick_c100', 'dense2net100_k12_s4.small_c100',
+        f'{NAME}.small_c100', f'{NAME}.quick_c100', f'{NAME}.sprint_40_k12_c100', 'dense2net100_k12_s4.small_c100',
         'dense2net100_k12_s4.small_ft_c100', 'dense2net100_k12_s4.sprint_k12_c100',
         'dense2net121_s8.short_ft7_c100', 'dense2net121_s8.sprint_c100', 'dense2net121_s8_se.sprint_s8_se_c100',
         'dense2net121_s2.sprint_s2_c100', 'dense2net121_s4.merged_s4_c100', 'dense2net121_s4_se.short_s4_se_c100',
@@ -134,7 +134,7 @@ def test_weights_are_checked_wherever_they_are_loaded(tmp_path, monkeypatch, no_
     other = tmp_path / 'SHA256SUMS'
     other.write_text(''.join(f'{"0" * 64}  {name}\n' for name in packaged.read_sums()))
     monkeypatch.setattr(packaged, 'SUMS_FILE', other)
-    with pytest.raises(RuntimeError, match=f'{NAME}.small_c100.safetensors are damaged'):
+    with pytest.raises(RuntimeError, match=f'{NAME}.sprint_40_k12_c100.safetensors are damaged'):
         timm.create_model(NAME, pretrained=True)
     with pytest.raises(RuntimeError, match=f'{NAME}.quick_c100.safetensors are damaged'):
         pretrained_overlay(f'{NAME}.quick_c100', timm.create_model(NAME), CIFAR100_CLASSES)
@@ -179,7 +179,7 @@ def test_the_weights_that_the_run_tested_are_packaged(tmp_path, monkeypatch, cap
 
 @pytest.mark.skipif(not CIFAR100.is_dir(), reason='needs ../shared/cifar100, the CIFAR-100 parquet files')
 def test_test_split_accuracy_is_that_of_the_table(tmp_path):
-    measured = json.loads((ROOT / 'results' / f'{NAME}-small-seed42' / 'evaluate.json').read_text())
+    measured = json.loads((ROOT / 'results' / f'{NAME}-sprint_40_k12-seed42' / 'evaluate.json').read_text())
     figures = tmp_path / 'figures.json'
     args = ['--model', NAME, '--pretrained', '--dataset', f'hfds/{CIFAR100}', '--data-dir', str(tmp_path)]
     assert evaluate_main([*args, '--output', str(figures)]) == 0

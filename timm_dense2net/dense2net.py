@@ -864,6 +864,8 @@ default_cfgs = generate_default_cfgs({
     'densenet40_k12_cifar.small_c100': _cfg(
         pool_size=(8, 8), file=packaged_file('densenet40_k12_cifar.small_c100'), paper_ids='arXiv:1608.06993',
         origin_url='https://arxiv.org/abs/1608.06993'),
+    'dense2net40_k12_s4.sprint_40_k12_c100': _cfg(
+        pool_size=(8, 8), file=packaged_file('dense2net40_k12_s4.sprint_40_k12_c100')),
     'dense2net40_k12_s4.small_c100': _cfg(pool_size=(8, 8), file=packaged_file('dense2net40_k12_s4.small_c100')),
     'dense2net40_k12_s4.quick_c100': _cfg(pool_size=(8, 8), file=packaged_file('dense2net40_k12_s4.quick_c100')),
     'dense2net100_k12_s4.sprint_k12_c100': _cfg(
