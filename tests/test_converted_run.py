@@ -1,5 +1,6 @@
 """A run of a converted model: trained, gone on with, tested, reported, exported and published as any other."""
 import csv
+import itertools
 import json
 
 import pytest
@@ -112,6 +113,7 @@ def test_published_model_loads_by_timm(output, hub_folder):
     assert [f.shape[1] for f in logits(backbone)] == backbone.feature_info.channels()
     args = ('--model', f'local-dir:{hub_folder}', '--pretrained', '--epochs', 1)
     assert run_here(arguments(output, *args, name='on')) == 0
+    assert run_here(['--resume', output / 'on', '--epochs', 2]) == 0
     again = load_trained(checkpoint=output / 'on').model
     assert again.res2net_conversion == model.res2net_conversion
     assert '`test_resnet`' in (hub_folder / 'README.md').read_text()
@@ -128,9 +130,24 @@ def test_training_goes_on_from_converted_weights(output, tmp_path, capsys):
     for scale in ((), ('--res2net-scale', 4)):
         assert run_here(arguments(tmp_path, *args, *scale, name='other')) == 1
         assert f'converted at scale {SCALE}: give --res2net-scale {SCALE}' in capsys.readouterr().err
-    # With their head adapted only those of the model as its name says.
     assert run_here(arguments(tmp_path, '--pretrained-path', last, name='other')) == 1
-    assert capsys.readouterr().err.splitlines()[-1].startswith(f'error: test_resnet: {last} ')
+    assert f'give --res2net-scale {SCALE}\n' in capsys.readouterr().err
+
+
+def test_converted_weights_with_another_head(output, tmp_path):
+    last = output / 'run' / 'last.safetensors'
+    for split, grey in itertools.product(('train', 'val'), (0, 100, 200)):
+        (tmp_path / 'data' / split / str(grey)).mkdir(parents=True)
+        Image.new('RGB', (8, 8), (grey, grey, 50)).save(tmp_path / 'data' / split / str(grey) / 'image.png')
+    argv = ['--dataset', tmp_path / 'data', '--img-size', 8, '-b', 3, '--pretrained-path', output / 'run', '--lr', 0]
+    assert train(tmp_path, *argv, '--epochs', 1) == 0
+    assert run_here(['--resume', tmp_path / 'run', '--epochs', 2]) == 0
+    weights, metadata = load_weights(tmp_path / 'run' / 'last.safetensors')
+    before = load_weights(last)[0]
+    assert metadata['model'] == 'test_resnet' and weights['fc.weight'].shape[0] == 3
+    convs = [name for name in before if '.convs.' in name and name.endswith('weight')]
+    assert convs and all(torch.equal(weights[name], before[name]) for name in convs)
+    assert load_trained(None, tmp_path / 'run').model.res2net_conversion['scale'] == SCALE
 
 
 def test_random_layers_are_not_frozen(output, tmp_path, capsys):

@@ -38,7 +38,6 @@ SMALL = [
 NOT_RUN = {
     r'pip install ': 'the tests run in an environment that has it; the extras it names are checked',
     r'python -m pytest': 'it is what runs this',
-    r'python train_cifar\.py .* --torchcompile-layers': 'test_compile_layers.py compiles; its options are parsed',
     r'torchrun .*train_cifar\.py ': 'test_distributed.py starts torchrun; its arguments are parsed',
     r'python train\.py |python -m timm_dense2net (train|validate)\.py |torchrun .* -m timm_dense2net train\.py ':
         "timm's scripts are not in its wheel; the model it names is looked up, test_entry_points.py runs such scripts, "

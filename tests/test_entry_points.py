@@ -1,4 +1,5 @@
 """The ways in: torch.hub, scripts run with the models registered, the package's commands."""
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -135,3 +136,17 @@ def test_a_package_that_a_command_lacks_is_named(monkeypatch, capsys):
     monkeypatch.delitem(sys.modules, 'timm_dense2net.search', raising=False)
     assert main(['search', '--help']) == 2
     assert capsys.readouterr().err == "error: the search needs Optuna: pip install -e '.[search]'\n"
+
+
+@pytest.mark.skipif(os.name != 'posix', reason='needs pipes that break')
+def test_a_reader_may_have_enough_and_a_disk_be_full():
+    command = [sys.executable, '-m', 'timm_dense2net', 'models', '--module', 'dense2net']
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, 'wb') as pipe:
+        broken = subprocess.run(command, stdout=pipe, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    assert (broken.returncode, broken.stderr) == (1, '')
+    if os.path.exists('/dev/full'):
+        with open('/dev/full', 'wb') as disk:
+            full = subprocess.run(command, stdout=disk, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+        assert full.returncode == 1 and full.stderr.splitlines() == ['error: [Errno 28] No space left on device']

@@ -6,6 +6,7 @@
     python -m timm_dense2net --version
 """
 import importlib
+import os
 import runpy
 import signal
 import sys
@@ -55,6 +56,13 @@ def _run_command(name: str, args: list[str]) -> int:
     return command.main(args)
 
 
+def _output_failed(error: OSError) -> int:
+    """Exit code where a command's own output could not be written; a reader that has enough, as `head`, is no fault."""
+    if not isinstance(error, BrokenPipeError):
+        print(f'error: {error}', file=sys.stderr)
+    return 1
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run a command or script; returns the exit code."""
     argv = sys.argv[1:] if argv is None else argv
@@ -67,10 +75,18 @@ def main(argv: list[str] | None = None) -> int:
     name, args = argv[0], argv[1:]
     if name in COMMANDS:
         try:
-            return _run_command(name, args)
+            code = _run_command(name, args)
         except KeyboardInterrupt:
             print('interrupted', file=sys.stderr)
             return 128 + signal.SIGINT
+        except OSError as e:
+            code = _output_failed(e)
+        try:
+            sys.stdout.flush()
+        except OSError as e:
+            code = _output_failed(e)
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or it would be tried again at exit
+        return code
     if not Path(name).is_file():
         print(f"error: '{name}' is neither a command nor a script that exists\n{_usage()}", file=sys.stderr)
         return 2

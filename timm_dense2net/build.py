@@ -136,38 +136,26 @@ def build_model(
         ValueError: If timm has no such model, it does not take the arguments or the weights, or cannot be converted.
     """
     check_model_or_source(args.model)
-    initial = args.initial_checkpoint if with_weights else None
-    if initial:
-        initial_weights, conversion = _read_initial(initial, args.res2net_scale)
+    start = (args.initial_checkpoint or args.pretrained_path) if with_weights else None
+    if start:
+        conversion = _conversion_of(start, args.res2net_scale)
     if with_weights and args.freeze_stages and args.res2net_scale and conversion is None:
         raise ValueError(
             '--freeze-stages keeps weights as they are, and the layers that --res2net-scale makes have random ones:'
             ' give one of the two')
-    weights = {}
     try:
-        shape = dict(
-            num_classes=images.num_classes, in_chans=images.image_shape[0], drop_rate=args.drop,
-            drop_path_rate=args.drop_path, **args.model_kwargs)
-        if with_weights and args.pretrained_path:
-            bare = timm.create_model(args.model, **shape)
-            overlay = pretrained_overlay(args.pretrained_path, bare, images.class_names)
-            weights = dict(pretrained=True, pretrained_cfg_overlay=overlay)
-        elif with_weights:
-            weights = dict(pretrained=args.pretrained)
-        model = timm.create_model(args.model, **shape, **weights)
-        # Loaded by now, and no part of what a copy of the model should hold.
-        model.pretrained_cfg.pop('state_dict', None)
-        if conversion is not None:
+        model = _create(args, images, with_weights, conversion)
+        if conversion is not None and not hasattr(model, 'res2net_conversion'):
             reapply_conversion(model, conversion)
-        if initial:
-            _load_initial(model, initial_weights, initial)
+        if with_weights and args.initial_checkpoint:
+            _load_initial(model, args.initial_checkpoint)
         if args.res2net_scale and conversion is None:
             convert_res2net(model, args.res2net_scale)
         if args.grad_checkpointing:
             model.set_grad_checkpointing()
     except LOAD_ERRORS as e:
         raise ValueError(f'{args.model}: {one_line(e)}') from e
-    check_finite(model.state_dict(), initial or args.model)
+    check_finite(model.state_dict(), start or args.model)
     check_input(model, args.model, tuple(images.image_shape))
     _check_progressive_sizes(args, args.model, model, tuple(images.image_shape))
     if args.freeze_stages:
@@ -175,23 +163,43 @@ def build_model(
     return convert_sync_batchnorm(model) if args.sync_bn else model
 
 
-def _read_initial(path: str, scale: int | None) -> tuple[dict[str, torch.Tensor], dict[str, Any] | None]:
-    """Weights to start from, and what was converted in their model, which has to be as the run asks for."""
-    try:
-        weights, metadata = load_start(path)
-    except RuntimeError as e:  # of packaged weights that are damaged
-        raise ValueError(f'--initial-checkpoint {path}: {one_line(e)}') from e
-    conversion = conversion_in(metadata)
+def _conversion_of(start: str, scale: int | None) -> dict[str, Any] | None:
+    """What was converted in the model that a run's first weights are of, which has to be as the run asks for."""
+    conversion = conversion_in(load_metadata(start_file(start)))
     if conversion is not None and conversion['scale'] != scale:
         raise ValueError(
-            f'{path} holds weights of a model converted at scale {conversion["scale"]}: give --res2net-scale'
-            f' {conversion["scale"]}, not {scale}')
-    return weights, conversion
+            f'{start} holds weights of a model converted at scale {conversion["scale"]}: give --res2net-scale'
+            f' {conversion["scale"]}' + (f', not {scale}' if scale else ''))
+    return conversion
 
 
-def _load_initial(model: nn.Module, weights: Mapping[str, torch.Tensor], path: str) -> None:
+def _create(
+        args: argparse.Namespace,
+        images: Images,
+        with_weights: bool,
+        conversion: Mapping[str, Any] | None,
+) -> nn.Module:
+    """The model by timm, with the weights of its name or of `--pretrained-path` where it is to have these."""
+    name = args.model
+    shape = dict(
+        num_classes=images.num_classes, in_chans=images.image_shape[0], drop_rate=args.drop,
+        drop_path_rate=args.drop_path, **args.model_kwargs)
+    if not (with_weights and args.pretrained_path):
+        return timm.create_model(name, **shape, pretrained=with_weights and args.pretrained)
+    if conversion is not None:
+        cfg = timm.get_pretrained_cfg(name)
+        name, shape = 'res2net_converted', dict(
+            shape, base=get_arch_name(name), conversion=conversion, pretrained_cfg=cfg)
+    overlay = pretrained_overlay(args.pretrained_path, timm.create_model(name, **shape), images.class_names)
+    model = timm.create_model(name, **shape, pretrained=True, pretrained_cfg_overlay=overlay)
+    # Loaded by now, and no part of what a copy of the model should hold.
+    model.pretrained_cfg.pop('state_dict', None)
+    return model
+
+
+def _load_initial(model: nn.Module, path: str) -> None:
     try:
-        model.load_state_dict(weights)
+        model.load_state_dict(load_start(path)[0])
     except RuntimeError as e:
         raise ValueError(f'--initial-checkpoint {path} does not fit: {one_line(e)}') from e
 
