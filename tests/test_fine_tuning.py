@@ -296,7 +296,7 @@ def test_goes_on_without_the_weights_it_started_from(tmp_path, tiny):
 
 def test_packaged_weights_start_a_model_with_attention(tmp_path):
     """By name; where nothing is learned all but the attention stays as it was."""
-    argv = digits(tmp_path, 'run', '--pretrained-path', f'{MODEL}.small_c100', '--lr', '0', '--model', MODEL)
+    argv = digits(tmp_path, 'run', '--pretrained-path', f'{MODEL}.sprint_40_k12_c100', '--lr', '0', '--model', MODEL)
     assert finish(start([*argv, '--model-kwargs', 'attn_layer=se'], tmp_path / 'log')) == 0
     trained, weights = load_weights(tmp_path / 'run' / 'last.safetensors')[0], load_weights(PACKAGED)[0]
     unlike = [name for name in trained if name not in weights or not torch.equal(trained[name], weights[name].float())]
