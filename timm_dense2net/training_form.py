@@ -21,7 +21,7 @@ are complete: in the backward pass of what made the input.
 import os
 from contextlib import contextmanager
 from types import ModuleType
-from typing import Iterator, Optional
+from typing import Iterator, Optional, Tuple
 
 import torch
 import torch.nn as nn
@@ -30,7 +30,7 @@ from timm.layers import BatchNormAct2d
 
 from . import training_form_cpu
 from .hooks import has_hooks, is_transformed
-from .memory_pool import pool_of
+from .memory_pool import MemoryPool, pool_of
 from .training_buffers import AddFeatures, Buffers, Output, Statistics, runs_on_kernels
 
 __all__ = [
@@ -103,7 +103,7 @@ def _is_covered(norm: nn.Module) -> bool:
 
 
 def _form_on(x: torch.Tensor) -> ModuleType:
-    """Where x lies, what makes new features and applies a transition."""
+    """Where x lies, what makes new features and what is a transition's function."""
     if runs_on_kernels(x):
         from . import training_form_gpu  # not to be imported without triton
         return training_form_gpu
@@ -128,7 +128,7 @@ def block_in_training(
     buffers.release()
     if transition is None:
         return Output.apply(buffers, features, stats)
-    return _form_on(x).apply_transition(transition, buffers.pool, buffers.size, features, stats)
+    return _apply_transition(transition, buffers.pool, buffers.size, features, stats)
 
 
 @torch.jit.ignore
@@ -136,5 +136,17 @@ def transition_in_training(transition: nn.Sequential, x: torch.Tensor) -> torch.
     """Output (N, out_chs, H // 2, W // 2), channels last in memory, of x (N, in_chs, H, W)."""
     with torch.autocast(x.device.type, enabled=False):
         features, stats = Statistics.apply(x)
-    size = x.shape[0], *x.shape[2:]
-    return _form_on(x).apply_transition(transition, pool_of(transition, x), size, features, stats)
+    return _apply_transition(transition, pool_of(transition, x), (x.shape[0], *x.shape[2:]), features, stats)
+
+
+def _apply_transition(
+        transition: nn.Sequential,
+        pool: MemoryPool,
+        size: Tuple[int, int, int],
+        features: torch.Tensor,
+        stats: torch.Tensor,
+) -> torch.Tensor:
+    norm, conv = transition.norm, transition.conv
+    with torch.autocast(features.device.type, enabled=False):
+        return _form_on(features).Transition.apply(
+            transition, pool, size, features, stats, norm.weight, norm.bias, conv.weight)

@@ -12,7 +12,7 @@ from .batch_norm import (
 from .memory_pool import MemoryPool
 from .training_buffers import Buffers, as_maps, as_pixels, check_first_order, conv_args, let_go
 
-__all__ = ['NewFeatures', 'Transition', 'apply_transition', 'new_features']
+__all__ = ['NewFeatures', 'Transition', 'new_features']
 
 
 def _layer_parameters(layer: nn.Module) -> List[nn.Parameter]:
@@ -314,16 +314,3 @@ class Transition(Function):
         dstats = norm.stats_gradient(*daffine)
         let_go(ctx, 'norm', 'pool')
         return None, None, None, dx.view(features.shape), dstats, *daffine, dconv[..., None, None]
-
-
-def apply_transition(
-        transition: nn.Sequential,
-        pool: MemoryPool,
-        size: Tuple[int, int, int],
-        features: torch.Tensor,
-        stats: torch.Tensor,
-) -> torch.Tensor:
-    """Output (N, out_chs, H // 2, W // 2) of a transition, of features (N * H * W, C) and their statistics (2, C)."""
-    norm, conv = transition.norm, transition.conv
-    with torch.autocast(features.device.type, enabled=False):
-        return Transition.apply(transition, pool, size, features, stats, norm.weight, norm.bias, conv.weight)

@@ -29,7 +29,7 @@ from .norm_kernels import (
 )
 from .training_buffers import Buffers, as_maps, as_pixels, check_first_order, conv_args, let_go
 
-__all__ = ['apply_transition', 'new_features']
+__all__ = ['Transition', 'new_features']
 
 
 class Bottleneck(Function):
@@ -236,16 +236,18 @@ def new_features(
     return layer.after_bottleneck(maps), features, stats
 
 
-class PooledTransition(Function):
+class Transition(Function):
     """Norm, ReLU, average pooling, 1x1 convolution, of features (N * H * W, C) and their statistics (2, C).
 
-    Size is (N, H, W). The gradients of both are its own: what made the features adds to them in place.
+    Size is (N, H, W); the pool is of no use here, as torch keeps a GPU's memory itself. The gradients of both are its
+    own: what made the features adds to them in place.
     """
 
     @staticmethod
     def forward(
             ctx: Any,
-            norm: BatchNormAct2d,
+            transition: nn.Sequential,
+            pool: MemoryPool,
             size: Tuple[int, int, int],
             features: torch.Tensor,
             stats: torch.Tensor,
@@ -253,6 +255,7 @@ class PooledTransition(Function):
             bias: torch.Tensor,
             conv: torch.Tensor,
     ) -> torch.Tensor:
+        norm = transition.norm
         ctx.size, ctx.eps = size, norm.eps
         y = norm_relu(features, KernelNorm(*stats, weight, bias, norm.eps))
         update_running_stats(norm, *stats, len(features))
@@ -273,23 +276,7 @@ class PooledTransition(Function):
             dx, sums = torch.empty_like(features), new_sums(features, norm)
             norm_relu_backward(dy, features, norm, dx, sums)
             gradients = norm_gradients(sums, norm)
-        return None, None, dx, gradients[2:], gradients[0], gradients[1], dconv[..., None, None]
-
-
-def apply_transition(
-        transition: nn.Sequential,
-        pool: MemoryPool,
-        size: Tuple[int, int, int],
-        features: torch.Tensor,
-        stats: torch.Tensor,
-) -> torch.Tensor:
-    """Output (N, out_chs, H // 2, W // 2) of a transition, of features (N * H * W, C) and their statistics (2, C).
-
-    The pool is of no use here, as torch keeps a GPU's memory itself.
-    """
-    norm, conv = transition.norm, transition.conv
-    with torch.autocast(features.device.type, enabled=False):
-        return PooledTransition.apply(norm, size, features, stats, norm.weight, norm.bias, conv.weight)
+        return None, None, None, dx, gradients[2:], gradients[0], gradients[1], dconv[..., None, None]
 
 
 def _unpool(x: torch.Tensor, size: Tuple[int, int, int]) -> torch.Tensor:
