@@ -198,8 +198,9 @@ def _create(
 
 
 def _load_initial(model: nn.Module, path: str) -> None:
+    weights, _ = load_start(path)
     try:
-        model.load_state_dict(load_start(path)[0])
+        model.load_state_dict(weights)
     except RuntimeError as e:
         raise ValueError(f'--initial-checkpoint {path} does not fit: {one_line(e)}') from e
 
