@@ -21,9 +21,10 @@ from timm.utils import setup_default_logging
 from timm_dense2net.build import build_data, build_loader, build_trained, build_trainer
 from timm_dense2net.distributed import Processes, start_processes
 from timm_dense2net.engine import autocast_factory, evaluate
+from timm_dense2net.interrupt import Interrupted
 from timm_dense2net.options import parse_args
 from timm_dense2net.runs import RunFolder, read_resumed_state, write_run_results
-from timm_dense2net.trainer import Interrupted, TrainingError
+from timm_dense2net.trainer import TrainingError
 
 _logger = logging.getLogger('train')
 
@@ -71,8 +72,9 @@ def main(argv: list[str] | None = None) -> int:
         with start_processes(args.device) as processes:
             if not processes.primary:
                 logging.getLogger().setLevel(logging.ERROR)
+            job = evaluate_only if args.eval_only else train
             try:
-                (evaluate_only if args.eval_only else train)(args, processes)
+                job(args, processes)
             except Interrupted as e:
                 if processes.primary:
                     print(

@@ -1,5 +1,4 @@
 """The hyper-parameter search: what it may propose, what it cuts short, and workers that share a study, one killed."""
-import contextlib
 import csv
 import os
 import pwd
@@ -11,7 +10,6 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -24,14 +22,15 @@ import training_runs  # noqa: E402
 from optuna.storages import RetryHeartbeatStaleTrialCallback  # noqa: E402
 from optuna.trial import FixedTrial, TrialState  # noqa: E402
 
-from timm_dense2net import search as search_module  # noqa: E402
+from timm_dense2net import search_space  # noqa: E402
 from timm_dense2net.checkpoint import load_weights  # noqa: E402
 from timm_dense2net.dense2net import SplitHierarchyConv2d  # noqa: E402
+from timm_dense2net.interrupt import Interrupted  # noqa: E402
 from timm_dense2net.options import parse_args  # noqa: E402
-from timm_dense2net.search import (  # noqa: E402
-    SearchSpace, ValidSampler, Worker, _TrialTrainer, check_same_study, draw_plots, main, open_study, trial_args,
-    write_best, write_trials)
-from timm_dense2net.trainer import Interrupted, Trainer  # noqa: E402
+from timm_dense2net.search import Worker, main  # noqa: E402
+from timm_dense2net.search_space import SearchSpace, ValidSampler, trial_args  # noqa: E402
+from timm_dense2net.study import (  # noqa: E402
+    check_same_study, draw_plots, may_be_pruned, open_study, write_best, write_trials)
 
 pytestmark = pytest.mark.filterwarnings('ignore::optuna.exceptions.ExperimentalWarning')
 
@@ -160,18 +159,17 @@ def test_successive_halving(tmp_path):
 
 
 @pytest.mark.parametrize('epochs, last', [(1, 0), (2, 1), (3, 2), (9, 3), (30, 9), (100, 33)])
-def test_what_is_almost_trained_is_not_ended(epochs, last, monkeypatch):
-    monkeypatch.setattr(Trainer, '_end_epoch', lambda self: None)
-    trainer = _TrialTrainer.__new__(_TrialTrainer)
-    trainer.epochs, trainer.last = epochs, dict(top1=1.)
-    trainer.trial = SimpleNamespace(report=lambda *_: None, should_prune=lambda: True)
-    ended = []
-    for trainer.epoch in range(1, epochs + 1):
-        with contextlib.suppress(optuna.TrialPruned):
-            trainer._end_epoch()
-            continue
-        ended.append(trainer.epoch)
-    assert ended == list(range(1, last + 1))
+def test_what_is_almost_trained_is_not_ended(epochs, last):
+    assert [epoch for epoch in range(1, epochs + 1) if may_be_pruned(epoch, epochs)] == list(range(1, last + 1))
+
+
+@pytest.mark.parametrize('epochs, state', [(1, 'complete'), (2, 'pruned')])
+def test_a_trial_ends_where_the_pruner_says_so(epochs, state, tmp_path, monkeypatch):
+    monkeypatch.setattr(optuna.trial.Trial, 'should_prune', lambda self: True)
+    argv = ['--study', 'study', '--output', str(tmp_path), *TRAIN_ARGS, '--epochs', str(epochs), '--trials', '1']
+    assert main(argv) == 0
+    row = next(csv.DictReader((tmp_path / 'study' / 'trials.csv').open()))
+    assert (row['state'], row['epochs']) == (state, '1')
 
 
 @pytest.mark.parametrize('opt, adaptive', [('nesterov', False), ('sgdw', False), ('lamb', True)])
@@ -256,7 +254,7 @@ def test_results_of_no_study(tmp_path, capsys):
 
 
 def test_a_trial_that_diverges_ends_there(tmp_path, monkeypatch):
-    monkeypatch.setattr(search_module, '_LR_RANGES', {'lr': (1e19, 1e20)})
+    monkeypatch.setattr(search_space, '_LR_RANGES', {'lr': (1e19, 1e20)})
     argv = ['--study', 'study', '--output', str(tmp_path), *TRAIN_ARGS, '--opts', 'sgd', '--scheds', 'cosine']
     assert main([*argv, '--epochs', '2', '--trials', '1']) == 0
     trials = tmp_path / 'study' / 'trials.csv'

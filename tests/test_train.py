@@ -25,10 +25,11 @@ from timm_dense2net.counts import count_macs
 from timm_dense2net.curves import read_summary
 from timm_dense2net.distributed import Processes
 from timm_dense2net.engine import TrainLoss, TrainStep, evaluate, predict
+from timm_dense2net.interrupt import StopSignal
 from timm_dense2net.options import parse_args
 from timm_dense2net.runs import RunFolder
 from timm_dense2net.trained import load_trained
-from timm_dense2net.trainer import StopSignal, Trainer, TrainingError
+from timm_dense2net.trainer import Trainer, TrainingError
 
 
 def linear_model():

@@ -10,59 +10,52 @@ of train_cifar.py and hold for every trial.
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import os
 import signal
 import socket
 import sys
-import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from timm.models import get_arch_name, list_models
 from timm.optim import list_optimizers
 from timm.utils import setup_default_logging
 from tqdm import tqdm
 
-from .build import RunData, build_data, build_distillation, build_trainer
-from .dense2net import SplitHierarchyConv2d
-from .distillation import Distillation
-from .distributed import Processes, find_device
-from .errors import one_line
-from .figures import has_matplotlib, save_figure
-from .files import write_csv, write_text
-from .names import option
-from .option_checks import check_args
-from .options import HOST_ARGS, SCHEDULES, SPEED_ARGS, build_parser, parse_args, saved_args
-from .public_args import public_args
-from .runs import RunFolder, read_resumed_state
-from .trainer import Interrupted, StopSignal, Trainer, TrainingError
-
 try:
     import optuna
-    from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback
-    from optuna.trial import FrozenTrial, Trial, TrialState
+    from optuna.storages import RetryHeartbeatStaleTrialCallback
+    from optuna.trial import Trial
 except ImportError as e:
     raise ImportError("the search needs Optuna: pip install -e '.[search]'") from e
 
-__all__ = [
-    'SearchSpace', 'ValidSampler', 'Worker', 'open_study', 'check_same_study', 'trial_args', 'write_best',
-    'write_trials', 'draw_plots', 'search', 'main',
-]
+from .build import RunData, build_data, build_distillation, build_trainer
+from .distillation import Distillation
+from .distributed import Processes, find_device
+from .errors import one_line
+from .interrupt import Interrupted, StopSignal
+from .names import option
+from .options import SCHEDULES, parse_args
+from .runs import RunFolder, read_resumed_state
+from .search_space import SearchSpace, trial_args
+from .study import (
+    check_same_study, draw_plots, finished_trials, give_out_again, may_be_pruned, open_study, write_best, write_trials)
+from .trainer import Trainer, TrainingError
+
+__all__ = ['Worker', 'search', 'main']
 
 _logger = logging.getLogger(__name__)
 
-# What each worker of a study may have of its own; the schedule is searched.
-_OF_A_WORKER = HOST_ARGS | SPEED_ARGS | {'recipe', 'sched'}
-
-# Where a run lies, how it is watched and what it may look at: no part of what is found.
-_NOT_IN_RECIPE = HOST_ARGS | {'recipe', 'output', 'experiment', 'data_dir', 'hold_out'}
+# Arguments of a run, and of its model, that the trials set; of a recipe they are replaced.
+_SEARCHED = {
+    '--opt': ', or give --opts', '--sched': ', or give --scheds', '--lr': '', '--decay-rate': '', '--decay-epochs': '',
+    '--decay-milestones': '', 'scale': ', or give --scales', 'cardinality': ', or give --cardinalities',
+    'growth_rate': ', or give --growth-rates'}
 
 _NOT_FOR_A_SEARCH = {
     'resume': 'the same command goes on with its study',
@@ -71,179 +64,6 @@ _NOT_FOR_A_SEARCH = {
     'log_wandb': 'it logs one run a process, and a search makes many (see its trials.csv)',
     'res2net_scale': 'it is over Dense2Nets as they are created, their scale by --scales',
 }
-
-_SGD = ('momentum', 'nesterov', 'nesterovw')  # and those with sgd in their names
-_LR_RANGES = {'lr': (0.01, 0.5), 'lr_adaptive': (1e-4, 1e-2)}
-
-
-class SearchSpace:
-    """What is searched.
-
-    Args:
-        scales: Numbers of splits of the hierarchy.
-        cardinalities: Numbers of groups of its convolutions.
-        growth_rates: New features of a layer.
-        opts: Optimizers, by timm's name.
-        scheds: Schedules that decay the learning rate.
-        bn_size: Width of a layer's bottleneck in multiples of the growth rate.
-
-    Raises:
-        ValueError: If a growth rate and a scale can have none of the cardinalities, or ``bn_size`` is no whole number.
-    """
-
-    def __init__(
-            self,
-            scales: Sequence[int] = (2, 4, 8),
-            cardinalities: Sequence[int] = (1, 2, 4, 8, 16, 32),
-            growth_rates: Sequence[int] = (12, 16, 24, 32, 40, 48),
-            opts: Sequence[str] = ('momentum', 'sgd', 'adamw'),
-            scheds: Sequence[str] = ('plateau', 'step', 'cosine'),
-            bn_size: int = 4,
-    ):
-        self.scales, self.cardinalities, self.growth_rates = tuple(scales), tuple(cardinalities), tuple(growth_rates)
-        self.opts, self.scheds = tuple(opts), tuple(scheds)
-        if not isinstance(bn_size, int) or bn_size < 1:
-            raise ValueError(f'bn_size must be a whole number of at least 1, got {bn_size!r}')
-        self.bn_size = bn_size
-        for growth_rate in self.growth_rates:
-            for scale in self.scales:
-                if not self.valid_cardinalities(growth_rate, scale):
-                    raise ValueError(
-                        f'growth rate {growth_rate} with scale {scale} can have none of the cardinalities '
-                        f'{", ".join(map(str, self.cardinalities))}')
-
-    def valid_cardinalities(self, growth_rate: int, scale: int) -> list[int]:
-        """The cardinalities that a layer of this growth rate and scale can have, as the layer itself judges."""
-        return [c for c in self.cardinalities if _is_layer(self.bn_size * growth_rate, scale, c)]
-
-    def suggest(self, trial: Trial) -> dict[str, Any]:
-        """The values of a trial, by the names of train_cifar.py; those of the model are in `model_kwargs`."""
-        model_kwargs = dict(
-            growth_rate=trial.suggest_categorical('growth_rate', self.growth_rates),
-            scale=trial.suggest_categorical('scale', self.scales),
-            cardinality=trial.suggest_categorical('cardinality', self.cardinalities))
-        opt = trial.suggest_categorical('opt', self.opts)
-        lr = 'lr' if 'sgd' in opt or opt in _SGD else 'lr_adaptive'
-        values = dict(
-            opt=opt, lr=trial.suggest_float(lr, *_LR_RANGES[lr], log=True),
-            sched=trial.suggest_categorical('sched', self.scheds))
-        if values['sched'] in ('plateau', 'step', 'multistep'):
-            values['decay_rate'] = trial.suggest_categorical('decay_rate', (0.1, 0.2, 0.5))
-        return dict(values, model_kwargs=model_kwargs)
-
-
-def _is_layer(channels: int, scale: int, groups: int) -> bool:
-    try:
-        SplitHierarchyConv2d(channels, scale, groups, device='meta')
-    except ValueError:
-        return False
-    return True
-
-
-class ValidSampler(optuna.samplers.TPESampler):
-    """Tree-structured Parzen estimator that only ever proposes a cardinality its trial's layers can have.
-
-    The distribution of the cardinality is the same in all trials, as the analysis of importance needs it.
-    """
-
-    def __init__(self, space: SearchSpace, seed: int | None = None):
-        # One parameter after the other, so that the cardinality is drawn for a known growth rate and scale.
-        super().__init__(multivariate=False, constant_liar=True, seed=seed)
-        self._space = space
-
-    def sample_independent(self, study, trial, param_name, param_distribution):
-        if param_name != 'cardinality':
-            return super().sample_independent(study, trial, param_name, param_distribution)
-        valid = self._space.valid_cardinalities(trial.params['growth_rate'], trial.params['scale'])
-        for _ in range(20):
-            value = super().sample_independent(study, trial, param_name, param_distribution)
-            if value in valid:
-                return value
-        # The estimator insists on what cannot be: any valid value is as good.
-        return valid[trial.number % len(valid)]
-
-
-def open_study(name: str, url: str, space: SearchSpace, epochs: int, heartbeat: int = 60) -> optuna.Study:
-    """Opens a study, or makes it where there is none.
-
-    A trial whose worker gives no sign of life for three heartbeats is given out again.
-
-    Args:
-        name: Its name.
-        url: SQLAlchemy URL of the database.
-        space: What is searched.
-        epochs: Epochs of a whole trial; the worse two thirds end after a ninth of them, and after a third.
-        heartbeat: Seconds between signs of life.
-
-    Raises:
-        ValueError: If the database cannot be reached.
-    """
-    engine_kwargs = {'connect_args': {'timeout': 120}} if url.startswith('sqlite') else {'pool_pre_ping': True}
-    storage = _open_storage(
-        url, engine_kwargs=engine_kwargs, heartbeat_interval=heartbeat, grace_period=3 * heartbeat,
-        heartbeat_stale_trial_callback=_give_out_again)
-    return optuna.create_study(
-        study_name=name, storage=storage, load_if_exists=True, direction='maximize', sampler=ValidSampler(space),
-        pruner=optuna.pruners.SuccessiveHalvingPruner(min_resource=_first_rung(epochs), reduction_factor=3))
-
-
-def _first_rung(epochs: int) -> int:
-    """Epochs after which a trial may first end, a ninth of all."""
-    return max(1, epochs // 9)
-
-
-with warnings.catch_warnings():
-    warnings.simplefilter('ignore', optuna.exceptions.ExperimentalWarning)
-    _give_out_again = RetryHeartbeatStaleTrialCallback(inherit_intermediate_values=True)
-
-
-def _open_storage(url: str, **kwargs) -> RDBStorage:
-    """Opens the database; workers that start together may each try to make its tables, and all but one fail."""
-    import sqlalchemy.exc
-    for tries_left in reversed(range(10)):
-        try:
-            return RDBStorage(url, **kwargs)
-        except ImportError as e:
-            raise ValueError(f'--storage {_without_password(url)}: its driver is not installed ({e})') from e
-        except (sqlalchemy.exc.ArgumentError, sqlalchemy.exc.NoSuchModuleError) as e:
-            raise ValueError(f'--storage {_without_password(url)}: {_first_line(e)}') from e
-        except (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError) as e:
-            if not tries_left:
-                raise ValueError(f'--storage {_without_password(url)}: {_first_line(e)}') from e
-            time.sleep(0.5)
-    raise AssertionError
-
-
-def _without_password(url: str) -> str:
-    head, at, tail = url.rpartition('@')
-    return f'{head.partition("://")[0]}://...@{tail}' if at else url
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split('\n')[0][:300]
-
-
-def check_same_study(study: optuna.Study, args: argparse.Namespace, space: SearchSpace) -> None:
-    """Records in a new study what holds for all its trials, and compares it in one that goes on.
-
-    What only tells how or where a machine does its work may be another for each worker.
-
-    Raises:
-        ValueError: If the study was begun with other arguments, naming the first that differs.
-    """
-    holds = {
-        name: value for name, value in public_args(saved_args(args), args.model).items()
-        if name not in _OF_A_WORKER}
-    holds = json.loads(json.dumps(holds | vars(space)))  # as the study gives it back
-    before = study.user_attrs.get('arguments')
-    if before is None:
-        study.set_user_attr('arguments', holds)
-        return
-    for name, value in holds.items():
-        if before.get(name) != value:
-            raise ValueError(
-                f'study {study.study_name} was begun with {option(name)} {before.get(name)}, it cannot go'
-                f' on with {value}: name another --study')
 
 
 class _TrialTrainer(Trainer):
@@ -254,8 +74,8 @@ class _TrialTrainer(Trainer):
     def _end_epoch(self) -> None:
         super()._end_epoch()
         self.trial.report(self.last['top1'], self.epoch)
-        # Not later, as the pruner would: what is almost trained is trained and counts.
-        if self.epoch < self.epochs and self.epoch <= 3 * _first_rung(self.epochs) and self.trial.should_prune():
+        # The pruner would end it later, too.
+        if may_be_pruned(self.epoch, self.epochs) and self.trial.should_prune():
             raise optuna.TrialPruned(f'after {self.epoch} epochs')
 
 
@@ -294,7 +114,7 @@ class Worker:
             Interrupted: After SIGTERM or SIGINT; a trial at hand is given out again.
             TrainingError: If a file cannot be written.
         """
-        finished = min(_finished(self.study), target)
+        finished = min(finished_trials(self.study), target)
         with self._stop, tqdm(total=target, initial=finished, desc='trials', unit='trial') as bar:
             while bar.n < target:
                 try:
@@ -305,10 +125,10 @@ class Worker:
                         raise
                     _logger.warning('This worker was silent for too long: another has its trial now.')
                 except Interrupted:
-                    _give_out_again(self.study, self.study.get_trials(deepcopy=False)[self._number])
+                    give_out_again(self.study, self.study.get_trials(deepcopy=False)[self._number])
                     raise
                 write_best(self.study, self.args, self.space, self.folder)
-                bar.update(min(_finished(self.study), target) - bar.n)
+                bar.update(min(finished_trials(self.study), target) - bar.n)
                 if self._stop.signum:  # it came too late for the trial to heed it
                     raise Interrupted(self._stop.signum)
 
@@ -350,31 +170,6 @@ class Worker:
         return trainer.best['top1']
 
 
-# Arguments of a run, and of its model, that the trials set; of a recipe they are replaced.
-_SEARCHED = {
-    '--opt': ', or give --opts', '--sched': ', or give --scheds', '--lr': '', '--decay-rate': '', '--decay-epochs': '',
-    '--decay-milestones': '', 'scale': ', or give --scales', 'cardinality': ', or give --cardinalities',
-    'growth_rate': ', or give --growth-rates'}
-
-
-def trial_args(base: argparse.Namespace, values: Mapping[str, Any]) -> argparse.Namespace:
-    """The arguments of a trial: the study's own with the trial's values in their place."""
-    args = argparse.Namespace(**vars(base))
-    for key, value in values.items():
-        setattr(args, key, dict(base.model_kwargs, **value) if key == 'model_kwargs' else value)
-    if args.sched == 'step':
-        args.decay_epochs = args.epochs / 3
-    elif args.sched == 'plateau':
-        args.warmup_epochs, args.sched_on_updates = 0, False
-    elif args.sched == 'multistep':
-        # At half and three quarters, as in the DenseNet paper (https://arxiv.org/abs/1608.06993).
-        # By epochs timm's milestone is the number of the first epoch that has the lower rate, counted from 1.
-        first = 0 if args.sched_on_updates else 1
-        args.decay_milestones = [max(1, args.epochs // 2) + first, max(1, 3 * args.epochs // 4) + first]
-    check_args(args)
-    return args
-
-
 def _drop_states(folder: Path) -> None:
     for path in folder.glob('checkpoint*.safetensors'):
         path.unlink()
@@ -383,63 +178,6 @@ def _drop_states(folder: Path) -> None:
 def _describe(params: Mapping[str, Any]) -> str:
     return ', '.join(f'{name} {value:.3g}' if isinstance(value, float) else f'{name} {value}'
                      for name, value in params.items())
-
-
-def _finished(study: optuna.Study) -> int:
-    return len(study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED)))
-
-
-def _best_trial(study: optuna.Study) -> FrozenTrial | None:
-    return study.best_trial if study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)) else None
-
-
-def write_best(study: optuna.Study, args: argparse.Namespace, space: SearchSpace, folder: Path) -> Path | None:
-    """Writes the best trial's values, with what the study holds fixed, as the recipe `best.yaml`.
-
-    Returns:
-        Its path; None where no trial is complete.
-    """
-    trial = _best_trial(study)
-    if trial is None:
-        return None
-    found = saved_args(trial_args(args, space.suggest(optuna.trial.FixedTrial(trial.params))))
-    defaults = vars(build_parser().parse_args([]))
-    recipe = {
-        key: value for key, value in found.items() if key not in _NOT_IN_RECIPE and value != defaults.get(key)}
-    path = folder / 'best.yaml'
-    write_text(
-        path,
-        f'# Trial {trial.number} of study {study.study_name}: top-1 {trial.value:.2f} on {args.hold_out} held-out '
-        f'training images.\n' + yaml.safe_dump(recipe, sort_keys=False))
-    return path
-
-
-def write_trials(study: optuna.Study, folder: Path) -> None:
-    """Writes `trials.csv`: one row a trial."""
-    trials = study.get_trials(deepcopy=False)
-    names = sorted({name for trial in trials for name in trial.params})
-    write_csv(
-        folder / 'trials.csv', ['number', 'state', 'epochs', 'top1', *names, 'worker', 'error'],
-        ([t.number, t.state.name.lower(), t.last_step or 0, '' if t.value is None else t.value,
-          *(t.params.get(name, '') for name in names), t.user_attrs.get('worker', ''), t.user_attrs.get('error', '')]
-         for t in trials))
-
-
-def draw_plots(study: optuna.Study, folder: Path) -> None:
-    """Draws `history.png` and `importance.png`, where matplotlib is there and the trials allow it."""
-    if not has_matplotlib():
-        return
-    from matplotlib import rc_context
-    from optuna.visualization import matplotlib as plots
-    for name, plot in (('history', plots.plot_optimization_history), ('importance', plots.plot_param_importances)):
-        with rc_context():  # Optuna sets a style for the whole process
-            try:
-                figure = plot(study).figure
-            except (ValueError, RuntimeError) as e:
-                _logger.warning(f'{name}.png is not drawn: {e}')
-                continue
-            figure.tight_layout()
-            save_figure(figure, folder / f'{name}.png')
 
 
 def _build_parser() -> argparse.ArgumentParser:
@@ -487,36 +225,47 @@ def search(args: argparse.Namespace, train_args: argparse.Namespace, space: Sear
         print(f'recipe: {path}')
 
 
+def _parse(argv: list[str] | None) -> tuple[argparse.Namespace, argparse.Namespace, SearchSpace]:
+    """The command's own arguments, those of all trials, and what is searched.
+
+    Raises:
+        ValueError: If a value cannot be, naming it.
+        OSError: If a recipe cannot be read.
+    """
+    args, rest = _build_parser().parse_known_args(argv)
+    for word in rest:
+        name = word.partition('=')[0]
+        if name in _SEARCHED:
+            raise ValueError(f'{name} is searched: leave it out{_SEARCHED[name]}')
+    # The trials' schedules are the search's: the default one, plateau, does not go with a warm-up.
+    train_args = parse_args([*rest, '--sched', next((s for s in args.scheds if s != 'plateau'), 'constant')])
+    for sched in args.scheds:
+        trial_args(train_args, dict(sched=sched))
+    for name, why in _NOT_FOR_A_SEARCH.items():
+        if getattr(train_args, name):
+            raise ValueError(f'{option(name)} is not for a search: {why}')
+    models = list_models(module='dense2net')
+    if get_arch_name(train_args.model) not in models:
+        raise ValueError(
+            f'--model {train_args.model} is no Dense2Net: the search is over one of {", ".join(models)}')
+    if not train_args.hold_out:
+        raise ValueError('the search judges by held-out training images: give --hold-out N (5000 for CIFAR-100)')
+    if args.trials < 0 or args.heartbeat < 1:
+        raise ValueError(f'--trials must be at least 0 and --heartbeat 1, got {args.trials} and {args.heartbeat}')
+    space = SearchSpace(
+        args.scales, args.cardinalities, args.growth_rates, args.opts, args.scheds,
+        bn_size=train_args.model_kwargs.get('bn_size', 4))
+    return args, train_args, space
+
+
 def main(argv: list[str] | None = None) -> int:
     """Runs a worker; returns the exit code: 0, 1 (fault), 2 (bad arguments) or 128 + a signal's number."""
     setup_default_logging()
     warnings.filterwarnings('ignore', category=optuna.exceptions.ExperimentalWarning)
     optuna.logging.disable_default_handler()
     optuna.logging.enable_propagation()
-    args, rest = _build_parser().parse_known_args(argv)
     try:
-        for word in rest:
-            name = word.partition('=')[0]
-            if name in _SEARCHED:
-                raise ValueError(f'{name} is searched: leave it out{_SEARCHED[name]}')
-        # The trials' schedules are the search's: the default one, plateau, does not go with a warm-up.
-        train_args = parse_args([*rest, '--sched', next((s for s in args.scheds if s != 'plateau'), 'constant')])
-        for sched in args.scheds:
-            trial_args(train_args, dict(sched=sched))
-        for name, why in _NOT_FOR_A_SEARCH.items():
-            if getattr(train_args, name):
-                raise ValueError(f'{option(name)} is not for a search: {why}')
-        models = list_models(module='dense2net')
-        if get_arch_name(train_args.model) not in models:
-            raise ValueError(
-                f'--model {train_args.model} is no Dense2Net: the search is over one of {", ".join(models)}')
-        if not train_args.hold_out:
-            raise ValueError('the search judges by held-out training images: give --hold-out N (5000 for CIFAR-100)')
-        if args.trials < 0 or args.heartbeat < 1:
-            raise ValueError(f'--trials must be at least 0 and --heartbeat 1, got {args.trials} and {args.heartbeat}')
-        space = SearchSpace(
-            args.scales, args.cardinalities, args.growth_rates, args.opts, args.scheds,
-            bn_size=train_args.model_kwargs.get('bn_size', 4))
+        args, train_args, space = _parse(argv)
     except (ValueError, OSError) as e:
         print(f'error: {e}', file=sys.stderr)
         return 2

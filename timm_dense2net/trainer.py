@@ -9,12 +9,10 @@ import argparse
 import json
 import logging
 import math
-import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from threading import current_thread, main_thread
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -34,6 +32,7 @@ from .distillation import Distillation
 from .distributed import Processes
 from .engine import TrainLoss, TrainStep, autocast_factory, evaluate
 from .errors import one_line
+from .interrupt import Interrupted, StopSignal
 from .loader import BatchLoader
 from .rng import rng_state, set_rng_state
 from .training_form import plain_form
@@ -41,7 +40,7 @@ from .training_form import plain_form
 if TYPE_CHECKING:
     from .runs import RunFolder
 
-__all__ = ['Interrupted', 'StopSignal', 'Trainer', 'TrainingError']
+__all__ = ['Trainer', 'TrainingError']
 
 _logger = logging.getLogger(__name__)
 
@@ -51,44 +50,6 @@ _BEGUN_WITH = ('class_names', METADATA_KEY)
 
 class TrainingError(RuntimeError):
     """Training cannot go on; the message says why and what is kept."""
-
-
-class Interrupted(Exception):
-    """A signal asked the run to end.
-
-    Args:
-        signum: The signal's number; by custom the process then exits with 128 + signum.
-    """
-
-    def __init__(self, signum: int):
-        super().__init__(signal.Signals(signum).name)
-        self.signum = signum
-
-
-class StopSignal:
-    """Notes SIGTERM and SIGINT so that the loop can end between two steps. A second SIGINT acts at once.
-
-    It can be entered again within itself, by a loop of runs and by each of them. Signals are the main thread's: in
-    another one it notes nothing.
-    """
-
-    def __init__(self):
-        self.signum = 0
-        self._previous = []
-
-    def __enter__(self) -> StopSignal:
-        signums = (signal.SIGTERM, signal.SIGINT) if current_thread() is main_thread() else ()
-        self._previous.append({signum: signal.signal(signum, self._note) for signum in signums})
-        return self
-
-    def __exit__(self, *_) -> None:
-        for signum, handler in self._previous.pop().items():
-            signal.signal(signum, handler)
-
-    def _note(self, signum: int, _frame) -> None:
-        self.signum = signum
-        if signum == signal.SIGINT:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @contextmanager
@@ -288,7 +249,7 @@ class Trainer:
                 try:
                     self._train_epoch()
                 finally:
-                    self._tick('train')
+                    self._tick(training=True)
                 self._evaluate()
                 self._end_epoch()
         except Interrupted:
@@ -330,7 +291,7 @@ class Trainer:
     def _save_or_stop(self, first: int) -> None:
         interval = self.args.checkpoint_interval
         if interval and self.updates % interval == 0:
-            self._tick('train')
+            self._tick(training=True)
             self.save()
         if not self.processes.distributed:
             self._stop_if_asked()
@@ -382,10 +343,10 @@ class Trainer:
             (lambda: None) if self.processes.distributed else self._stop_if_asked)
         self._tick()
 
-    def _tick(self, kind: str = '') -> None:
+    def _tick(self, training: bool = False) -> None:
         """Adds the time since the last tick to the clocks."""
         now = time.perf_counter()
-        for key in ('total', 'epoch', *((kind, f'epoch_{kind}') if kind else ())):
+        for key in ('total', 'epoch', 'train', 'epoch_train') if training else ('total', 'epoch'):
             self.seconds[key] += now - self._clock
         self._clock = now
 
@@ -464,8 +425,9 @@ class Trainer:
         """What differs between processes: random states, figures so far, running batch-norm statistics."""
         state = dict(rng=rng_state(self.device), figures=self.figures.cpu())
         if self.processes.distributed:
-            for model in ('model',) if self.ema is None else ('model', 'model_to_keep'):
-                state[model] = {name: buffer.cpu() for name, buffer in getattr(self, model).named_buffers()}
+            state['model'] = {name: buffer.cpu() for name, buffer in self.model.named_buffers()}
+            if self.ema is not None:
+                state['model_to_keep'] = {name: buffer.cpu() for name, buffer in self.ema.module.named_buffers()}
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -527,6 +489,7 @@ class Trainer:
         set_rng_state(state['rng'], self.device)
         if self.batches_done:  # between epochs there are none, and their number may be another
             self.figures.copy_(state['figures'])
-        for model in ('model', 'model_to_keep'):
-            for name, buffer in getattr(self, model).named_buffers() if model in state else ():
-                buffer.copy_(state[model][name])
+        for key, model in (('model', self.model), ('model_to_keep', self.model_to_keep)):
+            if key in state:
+                for name, buffer in model.named_buffers():
+                    buffer.copy_(state[key][name])
