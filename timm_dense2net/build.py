@@ -80,10 +80,13 @@ def build_data(args: argparse.Namespace) -> RunData:
     train, test = (
         load_images(args.dataset, split, img_size=args.img_size, **_data_args(args)) for split in ('train', 'test'))
     check_same_classes(train, test)
-    if (args.pretrained or args.pretrained_path) and not (args.mean and args.std):
+    if args.mean and args.std:
+        mean, std = args.mean, args.std
+    elif args.pretrained or args.pretrained_path:
         mean, std = _pretrained_stats(args)
         args.mean, args.std = args.mean or list(mean), args.std or list(std)
-    mean, std = (args.mean, args.std) if args.mean and args.std else dataset_stats(train)
+    else:
+        mean, std = dataset_stats(train)
     mean, std = _stats_of_channels(args, mean, std, train.image_shape[0])
     validation = test
     if args.hold_out:

@@ -4,6 +4,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import math
+from collections.abc import Callable
 
 import torch
 from timm.optim import list_optimizers
@@ -20,25 +21,13 @@ _OWN_KWARGS = dict(
     num_classes='--num-classes', in_chans='the channels of the images', drop_rate='--drop',
     drop_path_rate='--drop-path', pretrained='--pretrained', checkpoint_path='--initial-checkpoint')
 
-# Option, what it must be, and whether a value is that; text is as it stands in the message.
-_RANGES = (
-    *((name, f'at least {least}', lambda value, least=least: value >= least) for name, least in (
-        ('res2net_scale', 2), ('epochs', 1), ('batch_size', 1), ('validation_batch_size', 1), ('grad_accum_steps', 1),
-        ('log_interval', 1), ('checkpoint_interval', 0), ('hold_out', 0), ('early_stop_patience', 0), ('img_size', 1),
-        ('full_size_epoch', 1), ('workers', 0), ('freeze_stages', 0), ('patience_epochs', 0),
-        ('cooldown_epochs', 0), ('warmup_epochs', 0), ('num_classes', 1), ('lr', 0), ('warmup_lr', 0), ('min_lr', 0),
-        ('weight_decay', 0), ('distill_loss_weight', 0), ('task_loss_weight', 0))),
-    *((name, 'above 0', lambda value: value > 0) for name in (
-        'clip_grad', 'decay_rate', 'decay_epochs', 'opt_eps', 'kd_temperature')),
-    # What NumPy takes.
-    ('seed', 'in [0, 2^32)', lambda value: 0 <= value < 1 << 32),
-    ('opt_betas', 'in [0, 1)', lambda value: all(0 <= beta < 1 for beta in value)),
-    *((name, 'in [0, 1)', lambda value: 0 <= value < 1) for name in (
-        'smoothing', 'momentum', 'model_ema_decay', 'drop', 'drop_path')),
-    ('initial_img_size', 'a multiple of 4 above 0', lambda value: value > 0 and value % 4 == 0),
-    ('layer_decay', 'in (0, 1]', lambda value: 0 < value <= 1),
-    ('std', 'above 0', lambda value: all(deviation > 0 for deviation in value)),
-)
+_AT_LEAST = dict(
+    res2net_scale=2, epochs=1, batch_size=1, validation_batch_size=1, grad_accum_steps=1, log_interval=1,
+    checkpoint_interval=0, hold_out=0, early_stop_patience=0, img_size=1, full_size_epoch=1, workers=0, freeze_stages=0,
+    patience_epochs=0, cooldown_epochs=0, warmup_epochs=0, num_classes=1, lr=0, warmup_lr=0, min_lr=0, weight_decay=0,
+    distill_loss_weight=0, task_loss_weight=0)
+_ABOVE_0 = ('clip_grad', 'decay_rate', 'decay_epochs', 'opt_eps', 'kd_temperature', 'std')
+_FROM_0_BELOW_1 = ('smoothing', 'momentum', 'model_ema_decay', 'drop', 'drop_path', 'opt_betas')
 
 
 def check_args(args: argparse.Namespace) -> None:
@@ -51,21 +40,9 @@ def check_args(args: argparse.Namespace) -> None:
         raise ValueError(f'--dataset {args.dataset!r} is not UTF-8; rename it')
     _check_ranges(args)
     _check_augmentation(args)
-    # timm itself drops any other first word.
-    if args.opt.lower().removeprefix('lookahead_') not in list_optimizers():
-        raise ValueError(f"timm has no optimizer '{args.opt}'{did_you_mean(args.opt, list_optimizers())}")
-    if args.torchcompile and args.torchcompile not in (backends := torch.compiler.list_backends(exclude_tags=())):
-        raise ValueError(f"torch has no compiler backend '{args.torchcompile}', only {', '.join(backends)}")
-    if args.sched == 'plateau' and (args.warmup_epochs or args.sched_on_updates):
-        raise ValueError(
-            '--sched plateau steps once an epoch and has no warm-up: leave out --warmup-epochs and --sched-on-updates')
-    if args.sched == 'rsqrt' and not args.warmup_epochs:
-        raise ValueError('--sched rsqrt falls from the end of a warm-up on: give --warmup-epochs of at least 1')
-    if args.sched == 'none' and args.layer_decay not in (None, 1):
-        raise ValueError('--layer-decay is applied by the schedule: give --sched constant, not none')
-    if args.warmup_epochs >= args.epochs and args.sched != 'none':
-        raise ValueError(f'--warmup-epochs {args.warmup_epochs} leaves nothing of --epochs {args.epochs}')
-    _check_progressive_resizing(args)
+    _check_optimizer_and_schedule(args)
+    if (args.initial_img_size is None) != (args.full_size_epoch is None):
+        raise ValueError('--initial-img-size and --full-size-epoch go together: give both or neither')
     if args.eval_only:
         _check_eval_only(args)
     elif args.checkpoint:
@@ -73,9 +50,35 @@ def check_args(args: argparse.Namespace) -> None:
     _check_model_kwargs(args)
     _check_start(args)
     _check_distillation(args)
+    _check_how_it_runs(args)
     for name, package in (('log_wandb', 'wandb'), ('log_tensorboard', 'tensorboard')):
         if getattr(args, name) and importlib.util.find_spec(package) is None:
             raise ValueError(f'{option(name)}: {package} is not installed')
+
+
+def _check_optimizer_and_schedule(args: argparse.Namespace) -> None:
+    # timm itself drops any other first word.
+    if args.opt.lower().removeprefix('lookahead_') not in list_optimizers():
+        raise ValueError(f"timm has no optimizer '{args.opt}'{did_you_mean(args.opt, list_optimizers())}")
+    if args.sched == 'plateau' and (args.warmup_epochs or args.sched_on_updates):
+        raise ValueError(
+            '--sched plateau steps once an epoch and has no warm-up: leave out --warmup-epochs and --sched-on-updates')
+    if args.sched == 'plateau' and args.decay_rate >= 1:
+        raise ValueError(f'--decay-rate must be below 1 for --sched plateau, got {args.decay_rate}')
+    if args.sched == 'rsqrt' and not args.warmup_epochs:
+        raise ValueError('--sched rsqrt falls from the end of a warm-up on: give --warmup-epochs of at least 1')
+    if args.sched == 'none' and args.layer_decay not in (None, 1):
+        raise ValueError('--layer-decay is applied by the schedule: give --sched constant, not none')
+    if args.warmup_epochs >= args.epochs and args.sched != 'none':
+        raise ValueError(f'--warmup-epochs {args.warmup_epochs} leaves nothing of --epochs {args.epochs}')
+
+
+def _check_how_it_runs(args: argparse.Namespace) -> None:
+    """Compiler, CUDA graph and processes."""
+    if args.torchcompile:
+        backends = torch.compiler.list_backends(exclude_tags=())
+        if args.torchcompile not in backends:
+            raise ValueError(f"torch has no compiler backend '{args.torchcompile}', only {', '.join(backends)}")
     if args.torchcompile == 'eager' and args.grad_checkpointing:
         raise ValueError(
             '--torchcompile eager and --grad-checkpointing: torch cannot run what it makes of the two; give another'
@@ -121,15 +124,26 @@ def _check_ranges(args: argparse.Namespace) -> None:
         for number in value if isinstance(value, list) else [value]:
             if isinstance(number, float) and not math.isfinite(number):
                 raise ValueError(f'{option(name)} must be finite, got {value}')
-    for name, wanted, holds in _RANGES:
-        value = getattr(args, name)
-        if value is not None and not holds(value):
-            raise ValueError(f'{option(name)} must be {wanted}, got {value}')
+    for name, least in _AT_LEAST.items():
+        _require(args, name, f'at least {least}', lambda value: value >= least)
+    for name in _ABOVE_0:
+        _require(args, name, 'above 0', lambda value: value > 0)
+    for name in _FROM_0_BELOW_1:
+        _require(args, name, 'in [0, 1)', lambda value: 0 <= value < 1)
+    _require(args, 'layer_decay', 'in (0, 1]', lambda value: 0 < value <= 1)
+    _require(args, 'initial_img_size', 'a multiple of 4 above 0', lambda value: value > 0 and value % 4 == 0)
+    _require(args, 'seed', 'in [0, 2^32)', lambda value: 0 <= value < 1 << 32)  # what NumPy takes
     if args.decay_milestones != sorted({max(epoch, 1) for epoch in args.decay_milestones}):
         raise ValueError(
             f'--decay-milestones must be epochs from 1 on, each above the one before, got {args.decay_milestones}')
-    if args.sched == 'plateau' and args.decay_rate >= 1:
-        raise ValueError(f'--decay-rate must be below 1 for --sched plateau, got {args.decay_rate}')
+
+
+def _require(args: argparse.Namespace, name: str, wanted: str, holds: Callable[[float], bool]) -> None:
+    """Refuses a given value, or a list with one, that is not as wanted."""
+    value = getattr(args, name)
+    numbers = value if isinstance(value, list) else [value]
+    if value is not None and not all(map(holds, numbers)):
+        raise ValueError(f'{option(name)} must be {wanted}, got {value}')
 
 
 def augment_config(args: argparse.Namespace) -> AugmentConfig | None:
@@ -152,11 +166,6 @@ def _check_augmentation(args: argparse.Namespace) -> None:
     except ValueError as e:
         name, _, fault = str(e).partition(' ')
         raise ValueError(f'{option("aa" if name == "auto_augment" else name)} {fault}') from e
-
-
-def _check_progressive_resizing(args: argparse.Namespace) -> None:
-    if (args.initial_img_size is None) != (args.full_size_epoch is None):
-        raise ValueError('--initial-img-size and --full-size-epoch go together: give both or neither')
 
 
 def _check_model_kwargs(args: argparse.Namespace) -> None:

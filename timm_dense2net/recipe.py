@@ -98,26 +98,29 @@ def _check_value(action: argparse.Action, value: Any, where: str) -> Any:
             raise ValueError(f'{where} has no value')
         return None
     if isinstance(action, argparse.BooleanOptionalAction):
-        return _expect(isinstance(value, bool), value, value, 'true or false', where)
+        _expect(isinstance(value, bool), value, 'true or false', where)
+        return value
     if isinstance(action, ParseKwargs):
-        return _expect(isinstance(value, dict), value, value, 'a mapping', where)
+        _expect(isinstance(value, dict), value, 'a mapping', where)
+        return value
     if action.nargs == '+':
-        if not isinstance(value, list) or not value:
-            raise ValueError(f'{where} must be a list, got {value!r}')
+        _expect(isinstance(value, list) and value, value, 'a list', where)
         return [_check_scalar(action, item, where) for item in value]
     return _check_scalar(action, value, where)
 
 
 def _check_scalar(action: argparse.Action, value: Any, where: str) -> Any:
     if action.type is int:
-        return _expect(isinstance(value, int) and not isinstance(value, bool), value, value, 'a whole number', where)
+        _expect(isinstance(value, int) and not isinstance(value, bool), value, 'a whole number', where)
+        return value
     if action.type is float:
         # YAML 1.1 reads 1e-4, without a point, as text.
         number = _to_float(value)
-        return _expect(number is not None, number, value, 'a number', where)
-    _expect(isinstance(value, str), value, value, 'text', where)
+        _expect(number is not None, value, 'a number', where)
+        return number
+    _expect(isinstance(value, str), value, 'text', where)
     if action.choices is not None:
-        _expect(value in action.choices, value, value, f'one of {", ".join(map(repr, action.choices))}', where)
+        _expect(value in action.choices, value, f'one of {", ".join(map(repr, action.choices))}', where)
     return value
 
 
@@ -128,7 +131,6 @@ def _to_float(value: Any) -> float | None:
         return None
 
 
-def _expect(holds: bool, result: Any, value: Any, wanted: str, where: str) -> Any:
+def _expect(holds: Any, value: Any, wanted: str, where: str) -> None:
     if not holds:
         raise ValueError(f'{where} must be {wanted}, got {value!r}')
-    return result
