@@ -1,7 +1,7 @@
 """torch.hub entry points: ``torch.hub.load(REPO, 'dense2net121_s8')``; ``torch.hub.list(REPO)`` names the Dense2Nets."""
 from importlib.util import find_spec as _find_spec
 
-dependencies = ['torch', 'torchvision', 'timm', 'safetensors', 'huggingface_hub', 'tqdm']
+dependencies = ['torch', 'torchvision', 'timm', 'safetensors', 'huggingface_hub']
 
 
 def _entrypoints():

@@ -191,7 +191,9 @@ def _row_offsets(channels: int, tall: int, wide: int, height: int, device: torch
 
 def _take_runs(values: torch.Tensor, first: torch.Tensor, length: int) -> torch.Tensor:
     """Runs of ``length`` neighbours in memory, which begin at ``first`` in the flattened values."""
-    return (_copy_rows if values.device.type == 'cpu' else _take_elements)(values, first, length)
+    if values.device.type == 'cpu':
+        return _copy_rows(values, first, length)
+    return _take_elements(values, first, length)
 
 
 def _copy_rows(values: torch.Tensor, first: torch.Tensor, length: int) -> torch.Tensor:

@@ -5,7 +5,7 @@ A map is the sum over channels of activation times gradient of the class's logit
 """
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn as nn
@@ -47,9 +47,11 @@ def class_activation_maps(model: nn.Module, image: torch.Tensor, class_index: in
     if not blocks:
         raise ValueError('class-activation maps need a Dense2Net that is not fused')
     outputs = {}
-    hooks = [
-        module.register_forward_hook(lambda module, _, output: outputs.__setitem__(module, output))
-        for module in (*blocks, *hierarchies)]
+
+    def keep(module: nn.Module, _: Any, output: torch.Tensor) -> None:
+        outputs[module] = output
+
+    hooks = [module.register_forward_hook(keep) for module in (*blocks, *hierarchies)]
     try:
         with torch.inference_mode(False), torch.enable_grad():
             # The image asks for the gradient: the parameters may be frozen. One made in inference mode cannot.

@@ -253,16 +253,18 @@ class _RunningStatsFrozen:
         self._module = module
 
     def __enter__(self) -> None:
-        norms = [m for m in self._module.modules() if hasattr(m, 'momentum')]  # not of batch norm alone
-        counts = [count for m in norms if (count := getattr(m, 'num_batches_tracked', None)) is not None]
-        self._momenta = [(m, m.momentum) for m in norms]
-        self._counts = [(count, count.clone()) for count in counts]
-        for m in norms:
-            m.momentum = 0.
+        self._momenta, self._counts = [], []
+        for module in self._module.modules():
+            if hasattr(module, 'momentum'):  # not batch norm alone
+                self._momenta.append((module, module.momentum))
+                module.momentum = 0.
+            count = getattr(module, 'num_batches_tracked', None)
+            if count is not None:
+                self._counts.append((count, count.clone()))
 
     def __exit__(self, *_: Any) -> None:
-        for m, momentum in self._momenta:
-            m.momentum = momentum
+        for module, momentum in self._momenta:
+            module.momentum = momentum
         for count, before in self._counts:
             count.copy_(before)
 
@@ -328,10 +330,12 @@ class DenseLayer(nn.Module):
         if not _is_bare_conv(self.conv1, 1):
             return False
         if type(self.conv2) is SplitHierarchyConv2d:
-            last, right = self.conv3, self.conv2.is_original() and _is_bare_conv(self.conv3, 1)
-        else:
-            last, right = self.conv2, _is_bare_conv(self.conv2, 3, groups=None) and type(self.conv3) is nn.Identity
-        return right and last.out_channels == self.growth_rate
+            return (
+                self.conv2.is_original() and _is_bare_conv(self.conv3, 1)
+                and self.conv3.out_channels == self.growth_rate)
+        return (
+            _is_bare_conv(self.conv2, 3, groups=None) and self.conv2.out_channels == self.growth_rate
+            and type(self.conv3) is nn.Identity)
 
     @torch.jit.ignore
     def sizes(self) -> Tuple[Any, ...]:

@@ -34,7 +34,8 @@ class TrainLoss(nn.Module):
 
     def forward(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """Mean loss of (B, C) logits for (B, C) class weights or (B,) class indices."""
-        return (self.soft if targets.is_floating_point() else self.hard)(logits.float(), targets)
+        loss_fn = self.soft if targets.is_floating_point() else self.hard
+        return loss_fn(logits.float(), targets)
 
 
 class TrainStep:

@@ -9,6 +9,7 @@ import argparse
 import dataclasses
 import functools
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from .corruptions import CORRUPTIONS, corrupt
 from .distributed import find_device
 from .engine import predict, top_accuracies
 from .files import output_file, write_json
-from .images import ImageArrays, Images
+from .images import Images
 from .loader import BatchLoader
 from .names import option
 from .trained import TrainedModel, check_fits, load_test_split, load_trained
@@ -89,23 +90,30 @@ def evaluate(
     if calibration:
         figures['calibration'] = cross_fit_calibration(logits, targets, seed)
     if corruptions:
-        figures['corruptions'] = {
-            name: [
-                top_accuracies(*run(model, _corrupted(images, name, severity, seed), f'{name} {severity}'))['top1']
-                for severity in range(1, len(parameters) + 1)]
-            for name, (_, parameters) in CORRUPTIONS.items()}
+        figures['corruptions'] = {}
+        for name, (_, parameters) in CORRUPTIONS.items():
+            figures['corruptions'][name] = top1 = []
+            for severity in range(1, len(parameters) + 1):
+                corrupted = dataclasses.replace(images, images=corrupt(images.images, name, severity, seed))
+                top1.append(top_accuracies(*run(model, corrupted, f'{name} {severity}'))['top1'])
     return figures
 
 
-def _predict(model, images, name, *, device, batch_size, mean, std) -> tuple[torch.Tensor, torch.Tensor]:
+def _predict(
+        model: nn.Module,
+        images: Images,
+        name: str,
+        *,
+        device: torch.device,
+        batch_size: int,
+        mean: Sequence[float],
+        std: Sequence[float],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits and targets; `name` is what the progress bar says."""
     loader = BatchLoader(images, batch_size, device=device, mean=mean, std=std, train=False)
     logits, targets = predict(model, tqdm(loader.epoch(0), total=len(loader), desc=name, leave=False))
     check_logits(logits, targets)
     return logits, targets
-
-
-def _corrupted(arrays: ImageArrays, name: str, severity: int, seed: int) -> ImageArrays:
-    return dataclasses.replace(arrays, images=corrupt(arrays.images, name, severity, seed))
 
 
 def format_figures(figures: dict[str, Any]) -> str:

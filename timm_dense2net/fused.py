@@ -36,7 +36,7 @@ def is_fusable(*norms: nn.Module) -> bool:
     return all(
         type(norm) in (BatchNormAct2d, FrozenBatchNormAct2d, SyncBatchNormAct)
         and type(norm.act) is nn.ReLU
-        and isinstance(getattr(norm, 'drop', None), (nn.Identity, type(None)))
+        and isinstance(norm.drop, nn.Identity)
         and norm.running_mean is not None
         for norm in norms)
 

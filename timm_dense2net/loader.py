@@ -99,7 +99,7 @@ class BatchLoader:
                              f'images, {min(self.image_size)}.')
         self.reader = images if isinstance(images, ImageReader) else None
         self.labels = images.labels.to(self.device)
-        self.config = (train and augment) or AugmentConfig(hflip=0., crop_padding=0)
+        self.config = augment if train and augment is not None else AugmentConfig(hflip=0., crop_padding=0)
         self.augment = BatchAugment(self.config, Normalize(mean, std, self.device))
         self.held = self.augment.pad(images.images.to(self.device)) if isinstance(images, ImageArrays) else None
 

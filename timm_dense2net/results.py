@@ -86,7 +86,7 @@ COLUMNS = tuple(field.name for field in dataclasses.fields(RunResult))
 
 def _parse(field: dataclasses.Field, value: Any) -> Any:
     try:
-        if field.type == 'str':
+        if field.type == 'str':  # a text, as annotations are not evaluated in this file
             if isinstance(value, Mapping):
                 return ', '.join(f'{key} {item}' for key, item in value.items())
             return '' if value is None else str(value)

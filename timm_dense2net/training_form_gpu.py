@@ -285,6 +285,7 @@ def _unpool(x: torch.Tensor, size: Tuple[int, int, int]) -> torch.Tensor:
     torch's own gradient of average pooling takes ten times as long as its memory traffic would.
     """
     n, h, w, channels = x.shape
-    out = (x.new_empty if size[1:] == (2 * h, 2 * w) else x.new_zeros)((*size, channels))
+    shape = (*size, channels)
+    out = x.new_empty(shape) if size[1:] == (2 * h, 2 * w) else x.new_zeros(shape)
     out[:, :2 * h, :2 * w].unflatten(2, (w, 2)).unflatten(1, (h, 2)).copy_(x[:, :, None, :, None])
     return out.flatten(0, 2)
