@@ -444,7 +444,7 @@ def test_training_figures_are_those_of_the_images(tmp_path):
     batches = list(trainer.train_loader.epoch(0))
     trainer.fit()
     expected = evaluate(trainer.model, batches)
-    trainer.figures.zero_()
+    trainer.batch_metrics.zero_()
     trainer.epoch = trainer.batches_done = 0
     trainer.seconds['epoch_train'] = 1.
     trainer._train_epoch()

@@ -94,19 +94,19 @@ class TrainStep:
         if self.captured is not None:
             if len(batches) > 1:
                 raise ValueError(f'with a CUDA graph an update is of one batch, got {len(batches)}')
-            figures = [self.captured(*batches[0])]
+            metrics = [self.captured(*batches[0])]
         else:
-            figures = []
+            metrics = []
             for index, batch in enumerate(batches):
                 last = index == len(batches) - 1
                 with nullcontext() if last else self.no_sync():
-                    figures.append(self._pass(*batch, len(batches), last))
+                    metrics.append(self._pass(*batch, len(batches), last))
         if self.scaler is None:
             if self.clip_grad is not None:
                 dispatch_clip_grad(self.parameters, self.clip_grad, mode=self.clip_mode)
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return torch.stack(figures, dim=1)
+        return torch.stack(metrics, dim=1)
 
     def _pass(self, images: torch.Tensor, targets: torch.Tensor, batches: int = 1, last: bool = True) -> torch.Tensor:
         """Adds the gradient of one of some batches; returns its mean loss and number of right answers, (2,)."""

@@ -83,20 +83,20 @@ def evaluate(
     run = functools.partial(
         _predict, device=device, batch_size=batch_size, mean=config['mean'], std=config['std'])
     logits, targets = run(model, images, 'test')
-    figures = dict(samples=len(targets), **top_accuracies(logits, targets))
+    metrics = dict(samples=len(targets), **top_accuracies(logits, targets))
     if tta_flip:
         averaged = top_accuracies(*run(FlipAverage(model), images, 'flip'))
-        figures |= {f'{name}_flip': value for name, value in averaged.items()}
+        metrics |= {f'{name}_flip': value for name, value in averaged.items()}
     if calibration:
-        figures['calibration'] = cross_fit_calibration(logits, targets, seed)
+        metrics['calibration'] = cross_fit_calibration(logits, targets, seed)
     if corruptions:
-        figures['corruptions'] = {}
+        metrics['corruptions'] = {}
         for name, (_, parameters) in CORRUPTIONS.items():
-            figures['corruptions'][name] = top1 = []
+            metrics['corruptions'][name] = top1 = []
             for severity in range(1, len(parameters) + 1):
                 corrupted = dataclasses.replace(images, images=corrupt(images.images, name, severity, seed))
                 top1.append(top_accuracies(*run(model, corrupted, f'{name} {severity}'))['top1'])
-    return figures
+    return metrics
 
 
 def _predict(
@@ -116,21 +116,21 @@ def _predict(
     return logits, targets
 
 
-def format_figures(figures: dict[str, Any]) -> str:
-    """The figures as lines of text."""
-    lines = [f'top-1 {figures["top1"]:.2f} %, top-5 {figures["top5"]:.2f} % ({figures["samples"]:,} images)']
-    if 'top1_flip' in figures:
+def format_metrics(metrics: dict[str, Any]) -> str:
+    """The metrics as lines of text."""
+    lines = [f'top-1 {metrics["top1"]:.2f} %, top-5 {metrics["top5"]:.2f} % ({metrics["samples"]:,} images)']
+    if 'top1_flip' in metrics:
         lines.append(
-            f'top-1 {figures["top1_flip"]:.2f} %, top-5 {figures["top5_flip"]:.2f} % with the mirror image averaged in')
-    if 'calibration' in figures:
-        calibration = figures['calibration']
+            f'top-1 {metrics["top1_flip"]:.2f} %, top-5 {metrics["top5_flip"]:.2f} % with the mirror image averaged in')
+    if 'calibration' in metrics:
+        calibration = metrics['calibration']
         first, second = calibration['temperatures']
         lines.append(
             f'ECE {calibration["ece"]:.4f}, {calibration["ece_scaled"]:.4f} after temperature scaling (15 bins; each '
             f'half of the split scaled by the temperature of the other half: {first:.3f}, {second:.3f})')
-    if 'corruptions' in figures:
+    if 'corruptions' in metrics:
         lines += ['top-1 (%) under corruption', f'{"severity":<16}{"1":>7}{"2":>7}{"3":>7}{"4":>7}{"5":>7}{"mean":>7}']
-        for name, values in figures['corruptions'].items():
+        for name, values in metrics['corruptions'].items():
             columns = (*values, sum(values) / len(values))
             lines.append(f'{name:<16}' + ''.join(f'{value:>7.2f}' for value in columns))
     return '\n'.join(lines)
@@ -157,7 +157,7 @@ def _build_parser() -> argparse.ArgumentParser:
     parser.add_argument('--calibration', action='store_true', help='also print the expected calibration error')
     parser.add_argument('--corruptions', action='store_true', help='also evaluate under noise, blur, contrast and JPEG')
     parser.add_argument('--seed', type=int, default=0, metavar='N', help="of the noise and the calibration's halves")
-    parser.add_argument('--output', type=output_file, metavar='FILE', help='also write the figures as JSON')
+    parser.add_argument('--output', type=output_file, metavar='FILE', help='also write the metrics as JSON')
     return parser
 
 
@@ -183,12 +183,12 @@ def main(argv: list[str] | None = None) -> int:
         images = load_test_split(
             trained, args.dataset, img_size=args.img_size, data_dir=args.data_dir, input_key=args.input_key,
             target_key=args.target_key, **memory)
-        figures = evaluate(
+        metrics = evaluate(
             trained, images, device=device, batch_size=args.batch_size, tta_flip=args.tta_flip,
             calibration=args.calibration, corruptions=args.corruptions, seed=args.seed)
-        print(format_figures(figures))
+        print(format_metrics(metrics))
         if args.output:
-            write_json(args.output, figures)
+            write_json(args.output, metrics)
     except (OSError, ValueError) as e:
         print(f'error: {e}', file=sys.stderr)
         return 2

@@ -58,23 +58,23 @@ def write_final_report(
 
     run_dir = Path(run_dir)
     logits, targets = logits.detach().float().cpu(), targets.cpu()
-    figures = dict(
+    metrics = dict(
         top_accuracies(logits, targets), ece=expected_calibration_error(logits, targets), samples=len(targets))
 
     confusion = _confusion_matrix(logits.argmax(dim=1), targets, len(class_names))
     if superclass:
         names = CIFAR100_SUPERCLASSES
         group = torch.tensor([names.index(superclass[name]) for name in class_names])
-        figures['superclass_top1'] = 100. * (group[logits.argmax(dim=1)] == group[targets]).double().mean().item()
+        metrics['superclass_top1'] = 100. * (group[logits.argmax(dim=1)] == group[targets]).double().mean().item()
         _write_per_superclass(run_dir / 'per_superclass.csv', confusion, names, group)
     _write_per_class(run_dir / 'per_class.csv', confusion, class_names, superclass)
     write_csv(
         run_dir / 'confusion_matrix.csv',
         ('true \\ predicted', *class_names),
         ((name, *row) for name, row in zip(class_names, confusion.tolist())))
-    write_json(run_dir / 'report.json', figures)
-    _draw_confusion_matrix(run_dir / 'confusion_matrix.png', confusion, class_names, superclass, figures['top1'])
-    return figures
+    write_json(run_dir / 'report.json', metrics)
+    _draw_confusion_matrix(run_dir / 'confusion_matrix.png', confusion, class_names, superclass, metrics['top1'])
+    return metrics
 
 
 def _confusion_matrix(predicted: torch.Tensor, targets: torch.Tensor, num_classes: int) -> torch.Tensor:

@@ -191,7 +191,7 @@ def write_run_results(args: argparse.Namespace, data: RunData, trainer: Trainer)
     model.load_state_dict(load_weights(folder / f'{tested}.safetensors')[0])
     loader = build_loader(args, data.test, data, Processes(trainer.device))
     logits, targets = predict(model, loader.epoch(0), trainer.autocast)
-    figures = write_final_report(folder, logits, targets, data.test.class_names)
+    metrics = write_final_report(folder, logits, targets, data.test.class_names)
     # Frozen norms hold their weights as buffers, which would not be counted.
     unfreeze(model)
     world_size = trainer.processes.world_size
@@ -211,8 +211,8 @@ def write_run_results(args: argparse.Namespace, data: RunData, trainer: Trainer)
         ema=args.model_ema,
         hold_out=args.hold_out,
         tested=tested,
-        test_top1=figures['top1'],
-        test_top5=figures['top5'],
+        test_top1=metrics['top1'],
+        test_top5=metrics['top5'],
         last_top1=trainer.last['top1'],
         best_top1=trainer.best['top1'],
         best_epoch=trainer.best['epoch'],

@@ -98,7 +98,7 @@ class Trainer:
         self.batches_done = 0
         self.updates = 0
         # Mean loss and number of right answers of each batch of the epoch.
-        self.figures = torch.zeros(2, len(train_loader), device=self.device)
+        self.batch_metrics = torch.zeros(2, len(train_loader), device=self.device)
         self.last: dict[str, float] = {}
         self.best: dict[str, float] = {}
         self.epochs_without_gain = 0
@@ -268,7 +268,7 @@ class Trainer:
             while self.batches_done < total:
                 first = self.batches_done
                 group = [next(batches) for _ in range(min(accumulate, total - first))]
-                self.figures[:, first:first + len(group)] = self.step(group)
+                self.batch_metrics[:, first:first + len(group)] = self.step(group)
                 self.batches_done += len(group)
                 self._after_update()
                 bar.update(len(group))
@@ -310,7 +310,7 @@ class Trainer:
         Raises:
             TrainingError: If a loss of this epoch is not finite, naming the step.
         """
-        losses = self.figures[0, :self.batches_done].cpu()
+        losses = self.batch_metrics[0, :self.batches_done].cpu()
         bad = (~losses.isfinite()).nonzero().flatten()
         if len(bad):
             step = int(bad[0])
@@ -368,14 +368,14 @@ class Trainer:
                 f' validation loss {self.last["loss"]:.3f} top-1 {self.last["top1"]:.2f} (best'
                 f' {self.best["top1"]:.2f}), lr {lr:.3g}, {train["seconds"]:.1f} s')
         self.epoch, self.batches_done = self.epoch + 1, 0
-        self.figures.zero_()
+        self.batch_metrics.zero_()
         self._tick()
         self.seconds.update(epoch=0., epoch_train=0.)
         self.save()
 
     def _train_metrics(self) -> dict[str, float]:
         world_size, batch_size = self.processes.world_size, self.args.batch_size
-        loss, right = (self.processes.sum(self.figures.cpu().double().mean(dim=1)) / world_size).tolist()
+        loss, right = (self.processes.sum(self.batch_metrics.cpu().double().mean(dim=1)) / world_size).tolist()
         images = len(self.train_loader) * batch_size * world_size
         return dict(
             loss=loss, top1=100. * right / batch_size, seconds=self.seconds['epoch'],
@@ -422,8 +422,8 @@ class Trainer:
         return f'{len(self.train_loader)} batches of {self.train_loader.batch_size} images'
 
     def _process_state(self) -> dict[str, Any]:
-        """What differs between processes: random states, figures so far, running batch-norm statistics."""
-        state = dict(rng=rng_state(self.device), figures=self.figures.cpu())
+        """What differs between processes: random states, metrics so far, running batch-norm statistics."""
+        state = dict(rng=rng_state(self.device), figures=self.batch_metrics.cpu())
         if self.processes.distributed:
             state['model'] = {name: buffer.cpu() for name, buffer in self.model.named_buffers()}
             if self.ema is not None:
@@ -488,7 +488,7 @@ class Trainer:
         state = states[self.processes.rank]
         set_rng_state(state['rng'], self.device)
         if self.batches_done:  # between epochs there are none, and their number may be another
-            self.figures.copy_(state['figures'])
+            self.batch_metrics.copy_(state['figures'])
         for key, model in (('model', self.model), ('model_to_keep', self.model_to_keep)):
             if key in state:
                 for name, buffer in model.named_buffers():
