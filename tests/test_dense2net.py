@@ -10,7 +10,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from timm.utils import reparameterize_model
 
-from timm_dense2net import SplitHierarchyConv2d, in_place
+from timm_dense2net import SplitHierarchyConv2d, parts
 from timm_dense2net.counts import count_macs, count_params
 from timm_dense2net.dense2net import Dense2Net, DenseLayer
 
@@ -348,7 +348,7 @@ def test_large_batches_run_by_parts(monkeypatch):
     model = Dense2Net(8, (2, 2), num_classes=5).eval()
     x = torch.randn(7, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     expected = model(x)
-    monkeypatch.setattr(in_place, 'CACHE_BYTES', math.ceil(3 * 32 * 32 * 32 * 4 / torch.get_num_threads()))
+    monkeypatch.setattr(parts, 'IMAGE_CACHE_BYTES', math.ceil(3 * 32 * 32 * 32 * 4 / torch.get_num_threads()))
     parts = []
     layer_forward = DenseLayer.forward
     monkeypatch.setattr(

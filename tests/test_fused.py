@@ -93,7 +93,7 @@ def test_batch_larger_than_what_is_worked_on_at_a_time(monkeypatch):
     with torch.no_grad():
         expected = fused(x)
         monkeypatch.setattr(  # two images of the first block
-            timm_dense2net.in_place, 'CACHE_BYTES', 200_000 // torch.get_num_threads())
+            timm_dense2net.parts, 'IMAGE_CACHE_BYTES', 200_000 // torch.get_num_threads())
         torch.testing.assert_close(fused(x), expected)
 
 
@@ -313,7 +313,7 @@ def test_the_plain_form_by_parts_under_autocast(monkeypatch):
     model, x = create(), images(7, 3, 32, 32)
     with torch.no_grad(), torch.autocast('cpu', torch.bfloat16):
         expected = model(x)
-        monkeypatch.setattr(timm_dense2net.in_place, 'CACHE_BYTES', 100_000 // torch.get_num_threads())
+        monkeypatch.setattr(timm_dense2net.parts, 'IMAGE_CACHE_BYTES', 100_000 // torch.get_num_threads())
         assert timm_dense2net.in_place.runs_by_parts(
             model.features.denseblock1, images(7, model.features.conv0.out_channels, 32, 32).bfloat16())
         torch.testing.assert_close(model(x), expected)
@@ -375,7 +375,7 @@ def test_a_part_that_is_trained_where_the_batch_is_large(part, monkeypatch):
     weights = list(fused.get_submodule(f'features.{part}').requires_grad_(True).parameters())
     x = images(7, 3, 32, 32, dtype=torch.float64)
     expected = torch.autograd.grad(fused(x).square().sum(), weights)
-    monkeypatch.setattr(timm_dense2net.in_place, 'CACHE_BYTES', 200_000 // torch.get_num_threads())
+    monkeypatch.setattr(timm_dense2net.parts, 'IMAGE_CACHE_BYTES', 200_000 // torch.get_num_threads())
     torch.testing.assert_close(torch.autograd.grad(fused(x).square().sum(), weights), expected)
 
 
@@ -512,7 +512,7 @@ def test_calls_beside_each_other_leave_the_threads(three_threads):
 @torch.no_grad()
 def test_what_follows_the_blocks_may_need_the_whole_batch(three_threads, monkeypatch):
     """A norm by the statistics of the batch sees it as a whole, in parts or groups as the blocks may run."""
-    monkeypatch.setattr(timm_dense2net.in_place, 'CACHE_BYTES', 100_000)
+    monkeypatch.setattr(timm_dense2net.parts, 'IMAGE_CACHE_BYTES', 100_000)
     model = create()
     model.features.norm5 = timm.layers.BatchNormAct2d(model.num_features, track_running_stats=False).eval()
     x = images(64, 3, 32, 32)

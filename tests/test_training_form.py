@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 from torch.autograd import gradcheck
 
 from changed_layers import CHANGES, change_layers
-from timm_dense2net import batch_norm, dense2net, training_buffers, training_form, training_form_cpu
+from timm_dense2net import batch_norm, dense2net, parts, training_buffers, training_form, training_form_cpu
 from timm_dense2net.dense2net import Dense2Net, DenseBlock
 from timm_dense2net.memory_pool import MemoryPool
 
@@ -161,7 +161,7 @@ def test_rows():
 
 @pytest.mark.parametrize('kind', ['baseline', 's4', 'se'])
 def test_equals_plain_form_in_parts(kind, monkeypatch):
-    monkeypatch.setattr(batch_norm, 'CACHE_BYTES', 20_000)
+    monkeypatch.setattr(parts, 'ROW_CACHE_BYTES', 20_000)
     assert_equals_plain_form(create(**KINDS[kind]), normal(4, 3, 13, 11), 1e-9, 1e-9)
 
 
@@ -255,10 +255,10 @@ def test_autocast(many, monkeypatch):
             torch.testing.assert_close(ours[3][name], buffer, rtol=0.05, atol=0.05)
 
 
-@pytest.mark.parametrize('cache_bytes', [batch_norm.CACHE_BYTES, 20_000])
+@pytest.mark.parametrize('cache_bytes', [parts.ROW_CACHE_BYTES, 20_000])
 def test_autocast_of_each_parameter(cache_bytes, monkeypatch):
     """In a net of two layers every gradient is near enough to the exact one to be judged by itself."""
-    monkeypatch.setattr(batch_norm, 'CACHE_BYTES', cache_bytes)
+    monkeypatch.setattr(parts, 'ROW_CACHE_BYTES', cache_bytes)
     model, twin, exact = (create_for_autocast(block_config=(2,)) for _ in range(3))
     x = normal(8, 3, 32, 32, dtype=torch.float32)
     with plain_form():

@@ -9,18 +9,16 @@ What is done to each channel of a split of few channels is done to several pixel
 long rows, and threads that add up sums must not write to one cache line.
 """
 import math
-from typing import Iterator, List, NamedTuple, Optional, Sequence, Tuple, Union
+from typing import List, NamedTuple, Optional, Sequence, Tuple, Union
 
 import torch
 
 from timm.layers import BatchNormAct2d
 
-__all__ = [
-    'Norm', 'add_scaled', 'batch_stats', 'join_stats', 'parts', 'scale_and_shift', 'stats_terms',
-    'update_running_stats']
+from .parts import row_parts
 
-# Bytes of one intermediate result that each thread of a CPU works on at a time.
-CACHE_BYTES = 2 << 20
+__all__ = [
+    'Norm', 'add_scaled', 'batch_stats', 'join_stats', 'scale_and_shift', 'stats_terms', 'update_running_stats']
 
 # On a CPU up to this number of pixels make one row where they have fewer channels than NARROW, MANY values in all.
 ROW_PIXELS = 16
@@ -73,7 +71,7 @@ class Norm(NamedTuple):
         daffine = self._affine_gradients(dnormed, x)
         terms = stats_terms(self.mean, self.stats_gradient(*daffine), y.numel() // y.shape[-1])
         offset, slope, scale = _repeat((*terms, self.scale), x)
-        for part in parts(x, *x.shape):
+        for part in row_parts(x, *x.shape):
             add_scaled(scale_and_shift(x[part], slope, offset), dnormed[part], scale, out=dnormed[part])
         return dy, *daffine
 
@@ -192,10 +190,3 @@ def update_running_stats(norm: BatchNormAct2d, mean: torch.Tensor, var: torch.Te
         return
     norm.running_mean.lerp_(mean, 0. if factor is None else factor)
     norm.running_var.lerp_(var * (count / (count - 1)), 0. if factor is None else factor)
-
-
-def parts(x: torch.Tensor, length: int, row: int) -> Iterator[slice]:
-    """Parts of ``length`` rows of ``row`` elements each, to be worked on one after another."""
-    cache_bytes = CACHE_BYTES * torch.get_num_threads()
-    step = max(1, cache_bytes // (row * x.element_size()) if x.device.type == 'cpu' else length)
-    return (slice(start, start + step) for start in range(0, length, step))

@@ -36,9 +36,10 @@ from .cifar import CIFAR100_MEAN, CIFAR100_STD
 from .fused import (
     FusedDenseBlock, FusedDenseTransition, FusedFeatures, FusedSplitHierarchyConv2d, is_fusable)
 from .hooks import has_hooks, has_own_hooks, is_transformed
-from .in_place import parts_of, runs_by_parts
+from .in_place import runs_by_parts
 from .memory_pool import PoolOwner
 from .packaged import check_pretrained, packaged_file
+from .parts import image_parts
 from .training_form import block_has_training_form, block_in_training, has_training_form, transition_in_training
 
 __all__ = ['Dense2Net', 'SplitHierarchyConv2d']
@@ -406,7 +407,7 @@ class DenseBlock(PoolOwner, nn.ModuleDict):
             if block_has_training_form(self, x):
                 return block_in_training(self, x)
             if runs_by_parts(self, x):
-                return torch.cat([self._features(part) for part in parts_of(x, self.out_chs)])
+                return torch.cat([self._features(part) for part in image_parts(x, self.out_chs)])
         return self._features(x)
 
     def _features(self, x: torch.Tensor) -> torch.Tensor:

@@ -21,7 +21,8 @@ import torch.nn.functional as F
 from timm.layers import BatchNormAct2d, FrozenBatchNormAct2d, SyncBatchNormAct
 
 from .hooks import has_hooks
-from .in_place import block_in_place, bounds_of, computing_dtype, in_groups, is_recorded, parts_of, sees_whole_batch
+from .in_place import block_in_place, bounds_of, computing_dtype, in_groups, is_recorded, sees_whole_batch
+from .parts import image_parts
 
 __all__ = ['FusedDenseBlock', 'FusedDenseTransition', 'FusedFeatures', 'FusedSplitHierarchyConv2d', 'is_fusable']
 
@@ -290,7 +291,7 @@ class FusedFeatures(nn.Sequential):
                 x = layer(x)
                 continue
             follower = next(layers, None)
-            if follower is not None and len(parts_of(x, layer.out_chs)) > 1 and (
+            if follower is not None and len(image_parts(x, layer.out_chs)) > 1 and (
                     sees_whole_batch(follower) or _is_trained(follower)):
                 x = follower(block_in_place(layer, x))
             else:

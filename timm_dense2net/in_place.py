@@ -14,9 +14,8 @@ import torch
 import torch.nn as nn
 
 from .hooks import all_modules, has_hooks, is_transformed
+from .parts import image_parts
 
-# Bytes of features that a block works on at a time on a CPU, for each of torch's threads.
-CACHE_BYTES = 4 << 20
 # Images for each of torch's threads from which a group of them has a Python thread: these take turns in Python.
 GROUP_IMAGES = 8
 # Up to so many pixels a 3x3 convolution on a CPU is unfolded into a matrix product: a call of oneDNN has a fixed cost.
@@ -50,7 +49,7 @@ def block_in_place(
     The follower may overwrite what it is given: parts of the images take turns in the same buffers, as memory that is
     new to the process costs more than what is computed in it.
     """
-    parts = parts_of(x, block.out_chs)
+    parts = image_parts(x, block.out_chs)
     n, _, h, w = parts[0].shape
     features = x.new_empty((n if follower else len(x), h, w, block.out_chs))
     layers = list(block.values())
@@ -83,14 +82,6 @@ def _put(part: torch.Tensor, output: Optional[torch.Tensor], start: int, size: i
         output = torch.empty_like(part[:1].expand(size, *part.shape[1:]), memory_format=torch.channels_last)
     output[start:start + len(part)] = part
     return output
-
-
-def parts_of(x: torch.Tensor, channels: int) -> Sequence[torch.Tensor]:
-    """Images x (N, C, H, W) in parts to work on one after another, where ``channels`` channels of that size arise."""
-    if x.device.type != 'cpu':
-        return [x]
-    cache_bytes = CACHE_BYTES * torch.get_num_threads()
-    return x.split(max(1, cache_bytes // (channels * x.shape[2] * x.shape[3] * x.element_size())))
 
 
 def _is_watched() -> bool:
@@ -167,7 +158,7 @@ if hasattr(os, 'register_at_fork'):
 @torch.jit.ignore
 def runs_by_parts(block: nn.ModuleDict, x: torch.Tensor) -> bool:
     """Whether a plain block may work on parts of x: where it is large, and nothing sees the batch as a whole."""
-    if is_recorded(x) or len(parts_of(x, block.out_chs)) == 1:
+    if is_recorded(x) or len(image_parts(x, block.out_chs)) == 1:
         return False
     return not (has_hooks(block) or sees_whole_batch(block))
 

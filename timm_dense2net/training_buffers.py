@@ -11,9 +11,10 @@ import torch
 import torch.nn as nn
 from torch.autograd import Function
 
-from .batch_norm import batch_stats, parts, scale_and_shift, stats_terms
+from .batch_norm import batch_stats, scale_and_shift, stats_terms
 from .errors import one_line
 from .memory_pool import MemoryPool
+from .parts import row_parts
 
 __all__ = [
     'AddFeatures', 'Buffers', 'Output', 'Statistics', 'as_maps', 'as_pixels', 'check_first_order', 'conv_args',
@@ -76,7 +77,7 @@ def _add_stats_gradient(
         add_stats_gradient(dx, x, mean, gradient, out)
         return
     offset, slope = stats_terms(mean, gradient, x.shape[0])
-    for part in parts(x, *x.shape):
+    for part in row_parts(x, *x.shape):
         torch.add(dx[part], scale_and_shift(x[part], slope, offset), out=out[part])
 
 

@@ -7,9 +7,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.autograd import Function
 
-from .batch_norm import (
-    Norm, add_scaled, batch_stats, join_stats, parts, scale_and_shift, stats_terms, update_running_stats)
+from .batch_norm import Norm, add_scaled, batch_stats, join_stats, scale_and_shift, stats_terms, update_running_stats
 from .memory_pool import MemoryPool
+from .parts import row_parts
 from .training_buffers import Buffers, as_maps, as_pixels, check_first_order, conv_args, let_go
 
 __all__ = ['NewFeatures', 'Transition', 'new_features']
@@ -82,7 +82,7 @@ class _LayerPass:
         """Output of conv1 (splits, N, H, W, width), its mean and variance (splits * width,)."""
         out = self.buffers.pool.empty((self.splits, len(features), self.width), features)
         stats, shares = [], []
-        for part in parts(features, *features.shape):
+        for part in row_parts(features, *features.shape):
             x = features[part]
             y = self.norm1.forward(x, x.new_empty(x.shape)) @ self.conv1.t()
             out[:, part] = self._split(y)
@@ -99,24 +99,23 @@ class _LayerPass:
         return x.view(-1, self.splits, self.width).transpose(0, 1)
 
     def _conv_args(self, i: int) -> Tuple[Any, ...]:
-        return None, *conv_args(self.layer.conv2.convs[i] if self.has_hierarchy else self.layer.conv2)
+        return conv_args(self.layer.conv2.convs[i] if self.has_hierarchy else self.layer.conv2)
 
     def _conv(self, i: int, x: torch.Tensor) -> torch.Tensor:
         """3x3 convolution i of (N, H, W, width)."""
-        return torch.convolution(as_maps(x), self.convs[i], *self._conv_args(i)).permute(0, 2, 3, 1).contiguous()
+        return torch.convolution(as_maps(x), self.convs[i], None, *self._conv_args(i)).permute(0, 2, 3, 1).contiguous()
 
     def _conv_backward(self, i: int, dy: torch.Tensor, x: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
         """Gradients of the input (N, H, W, width) of 3x3 convolution i and of its weight."""
-        _, *args = self._conv_args(i)
         dx, dweight, _ = torch.ops.aten.convolution_backward(
-            as_maps(dy), as_maps(x), self.convs[i], None, *args, [True, True, False])
+            as_maps(dy), as_maps(x), self.convs[i], None, *self._conv_args(i), [True, True, False])
         return dx.permute(0, 2, 3, 1).contiguous(), dweight
 
     def _conv3(self, ys: torch.Tensor) -> torch.Tensor:
         """conv3 (N, H, W, C) of the hierarchy's output (splits, N, H, W, width)."""
         pixels = ys.flatten(1, 3)
         out = ys.new_empty((pixels.shape[1], len(self.conv3)))
-        for part in parts(out, len(out), self.splits * self.width):
+        for part in row_parts(out, len(out), self.splits * self.width):
             torch.mm(_merge(pixels[:, part]), self.conv3.t(), out=out[part])
         return out.view(*self.buffers.size, -1)
 
@@ -168,7 +167,7 @@ class _LayerPass:
         dys = self._scratch('dy', ys)
         dnew, dpixels, pixels = dnew.flatten(0, 2), dys.flatten(1, 3), ys.flatten(1, 3)
         dconv = torch.zeros_like(self.conv3, dtype=self.norm1.weight.dtype)
-        for part in parts(dnew, len(dnew), self.splits * self.width):
+        for part in row_parts(dnew, len(dnew), self.splits * self.width):
             dconv += dnew[part].t() @ _merge(pixels[:, part])
             dpixels[:, part] = self._split(dnew[part] @ self.conv3)
         return dys, dconv[..., None, None]
@@ -191,7 +190,7 @@ class _LayerPass:
         daffine = torch.zeros_like(self.buffers.stats[:, :self.in_chs])
         dconv = torch.zeros_like(self.conv1, dtype=daffine.dtype)
         scale = self.norm1.scale.to(features.dtype)
-        for part in parts(features, *features.shape):
+        for part in row_parts(features, *features.shape):
             x, d = features[part].contiguous(), self._dbottleneck(bottleneck, dnormed, part, *terms)
             y = self.norm1.forward(x, torch.empty_like(x))
             dconv += d.t() @ y
@@ -235,13 +234,14 @@ class NewFeatures(Function):
         ctx.run = _LayerPass(layer, buffers, parameters, features.dtype)
         new, kept = ctx.run.forward(features)
         ctx.run.update_running_stats()
+        ctx.parameters = len(parameters)
         ctx.save_for_backward(features, *parameters, *([] if layer.grad_checkpointing else kept))
         return new, features, stats
 
     @staticmethod
     def backward(ctx: Any, dnew: torch.Tensor, dfeatures: torch.Tensor, dstats: torch.Tensor):
         features, *saved = ctx.saved_tensors
-        kept = saved[len(ctx.needs_input_grad) - 4:]
+        kept = saved[ctx.parameters:]
         run = ctx.run
         with torch.autocast(dnew.device.type, enabled=False):
             if not kept:
@@ -288,7 +288,7 @@ class Transition(Function):
         matrix = conv.flatten(1).to(x.dtype)
         n, h, w = size
         out = x.new_empty((n, h // 2, w // 2, len(matrix)))
-        for images in parts(x, n, x[0].numel()):
+        for images in row_parts(x, n, x[0].numel()):
             y = norm.forward(x[images], torch.empty_like(x[images]))
             out[images] = F.avg_pool2d(as_maps(y), 2).permute(0, 2, 3, 1) @ matrix.t()
         return as_maps(out)
@@ -304,7 +304,7 @@ class Transition(Function):
         dconv = torch.zeros_like(matrix, dtype=conv.dtype)
         dx = ctx.pool.empty(x.shape, x)
         with torch.autocast(x.device.type, enabled=False):
-            for images in parts(x, len(x), x[0].numel()):
+            for images in row_parts(x, len(x), x[0].numel()):
                 y, d = norm.forward(x[images], torch.empty_like(x[images])), dout[images].permute(0, 2, 3, 1)
                 dconv += d.flatten(0, 2).t() @ as_pixels(F.avg_pool2d(as_maps(y), 2))
                 dy = torch.ops.aten.avg_pool2d_backward(

@@ -5,7 +5,8 @@ activation take one pass over them forward, one to be made again and one backwar
 activation and the sum with the next split are one pass, and the maps of a split stay apart, as convolutions want them
 contiguous. What follows the bottleneck of a layer without hierarchy is autograd's own.
 """
-from typing import Any, List, Optional, Sequence, Tuple
+from itertools import islice
+from typing import Any, List, Sequence, Tuple
 
 import torch
 import torch.nn as nn
@@ -127,9 +128,15 @@ def _hierarchy_backward(
 ) -> Tuple[torch.Tensor, List[torch.Tensor]]:
     """Gradients of the maps of a layer's bottleneck and of the parameters of what follows."""
     hierarchy, splits = layer.conv2, _splits(layer.conv2)
-    saved, count = list(saved), len(layer.conv2.convs)
-    x, ys, totals, zs, convs, conv3 = saved[0], saved[1], *_take(saved[2:], count, count, count), saved[2 + 3 * count]
-    stats, parameters = _take(saved[3 + 3 * count:], 2 * (count + 1), None)
+    count, tensors = len(hierarchy.convs), iter(saved)
+
+    def take(number: int) -> List[torch.Tensor]:
+        return list(islice(tensors, number))
+
+    x, ys = take(2)
+    totals, zs, convs = take(count), take(count), take(count)
+    conv3, = take(1)
+    stats, parameters = take(2 * (count + 1)), list(tensors)
     affines, _, _ = _divide(layer, parameters)
     modules = [layer.norm2, *hierarchy.norms]
     norms = [
@@ -166,16 +173,6 @@ def _hierarchy_backward(
     add_stats_gradient(dx, x, norms[0].mean, gradients[2:], out=dx)
     return _maps_like(dnew, dx), [
         *gradients[:2], *daffines, *_cast(dconvs, parameters[-1].dtype), dconv3[..., None, None]]
-
-
-def _take(tensors: Sequence[torch.Tensor], *counts: Optional[int]) -> List[Sequence[torch.Tensor]]:
-    """The first tensors in groups of these lengths, None for all that are left."""
-    groups, start = [], 0
-    for count in counts:
-        stop = len(tensors) if count is None else start + count
-        groups.append(tensors[start:stop])
-        start = stop
-    return groups
 
 
 def _divide(
