@@ -21,7 +21,7 @@ from torchvision import transforms
 from tqdm import tqdm
 
 from timm_dense2net.augment import AugmentConfig
-from timm_dense2net.data import load_arrays
+from timm_dense2net.data import load_images
 from timm_dense2net.files import write_csv
 from timm_dense2net.images import ImageArrays, dataset_stats
 from timm_dense2net.loader import BatchLoader
@@ -90,19 +90,14 @@ def images_per_second(batches: Iterator, images: int, threads: int) -> float:
     return seen / (time.perf_counter() - start)
 
 
-def main() -> None:
-    args = parse_args()
-    if hasattr(os, 'sched_setaffinity'):
-        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:args.cores])
-    arrays = load_arrays(args.dataset, 'train', data_dir=args.data_dir) if args.dataset else random_arrays(50000)
+def make_ways(args: argparse.Namespace, arrays: ImageArrays) -> dict[str, tuple[Iterator, int, int]]:
+    """Batches, images of a measurement and torch's threads, of each way by name."""
     mean, std = dataset_stats(arrays)
-    side = arrays.images.shape[2]
-
     loader = BatchLoader(
         arrays, args.batch_size, device='cpu', mean=mean, std=std, train=True,
         augment=AugmentConfig(cutout_holes=1, cutout_length=CUTOUT_LENGTH))
     theirs = PilDataset(arrays, transforms.Compose([
-        transforms.RandomCrop(side, padding=4),
+        transforms.RandomCrop(arrays.images.shape[2], padding=4),
         transforms.RandomHorizontalFlip(),
         transforms.ToTensor(),
         transforms.Normalize(mean, std),
@@ -114,28 +109,47 @@ def main() -> None:
         other = DataLoader(
             theirs, args.batch_size, shuffle=True, drop_last=True, num_workers=workers, persistent_workers=workers > 0)
         ways[f'DataLoader, {workers} workers'] = (endless(lambda _, other=other: iter(other)), args.images, 1)
+    return ways
 
+
+def time_ways(ways: dict[str, tuple[Iterator, int, int]], repeats: int) -> dict[str, list[float]]:
+    """Images a second of each way, which take turns."""
     # A training step frees larger blocks than these ways do; from then on malloc keeps what is freed, for both.
     torch.ones(16 << 20, dtype=torch.uint8)
     speeds: dict[str, list[float]] = {name: [] for name in ways}
-    with tqdm(total=(args.repeats + 1) * len(ways)) as progress:
-        for repeat in range(args.repeats + 1):
+    with tqdm(total=(repeats + 1) * len(ways)) as progress:
+        for repeat in range(repeats + 1):
             for name, way in ways.items():
                 speed = images_per_second(*way)
                 if repeat:  # the first one warms up
                     speeds[name].append(speed)
                 progress.update()
+    return speeds
 
+
+def print_table(speeds: dict[str, list[float]]) -> None:
     medians = {name: statistics.median(values) for name, values in speeds.items()}
     best = {kind: max(median for name, median in medians.items() if name.startswith(kind))
             for kind in ('BatchLoader', 'DataLoader')}
-    print(f'\nFlip, crop and cutout of {side} x {side} images, batch {args.batch_size}, {args.cores} cores, '
-          f'torch {torch.__version__}, {args.repeats} repeats\n')
     print('| way | images/s, median | lowest | highest |\n|---|---|---|---|')
     for name, values in speeds.items():
         print(f'| {name} | {medians[name]:,.0f} | {min(values):,.0f} | {max(values):,.0f} |')
     ratio = best['BatchLoader'] / best['DataLoader']
     print(f'\nBatchLoader makes {ratio:.1f} times the images per second of the best DataLoader.')
+
+
+def main() -> None:
+    args = parse_args()
+    if hasattr(os, 'sched_setaffinity'):
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:args.cores])
+    arrays = random_arrays(50000)
+    if args.dataset:
+        arrays = load_images(args.dataset, 'train', data_dir=args.data_dir, memory_limit=None)
+    speeds = time_ways(make_ways(args, arrays), args.repeats)
+    side = arrays.images.shape[2]
+    print(f'\nFlip, crop and cutout of {side} x {side} images, batch {args.batch_size}, {args.cores} cores, '
+          f'torch {torch.__version__}, {args.repeats} repeats\n')
+    print_table(speeds)
     if args.output:
         write_csv(args.output, ('way', 'repeat', 'images_per_second'), (
             (name, repeat, f'{speed:.1f}') for name, values in speeds.items() for repeat, speed in enumerate(values)))

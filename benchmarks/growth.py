@@ -18,8 +18,7 @@ import torch.nn.functional as F
 from timm.utils import reparameterize_model
 from tqdm import tqdm
 
-from memory import in_process, peak_mb_of
-from speed import DEVICE, machine, seconds
+from measuring import DEVICE, in_process, machine, peak_mb_of, seconds
 from timm_dense2net.counts import count_macs
 from timm_dense2net.dense2net import Dense2Net
 from timm_dense2net.figures import new_figure, save_figure

@@ -10,7 +10,6 @@ first call are measured on a CPU in a process of its own for each network. Write
 import argparse
 import gc
 import statistics
-import time
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Tuple
 
@@ -22,16 +21,13 @@ from timm.utils import reparameterize_model
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from memory import in_process, peak_mb_of
+from measuring import DEVICE, in_process, machine, peak_mb_of, seconds
 from reference import PlainDense2Net
 from timm_dense2net.cuda_graph import WARM_UP_CALLS
 from timm_dense2net.engine import TrainStep
-from timm_dense2net.environment import environment, source_commit
 from timm_dense2net.figures import new_figure, save_figure
 from timm_dense2net.files import write_csv, write_text
 
-DEVICE = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
-COMMIT = source_commit() or 'unknown'  # before figures are written into the checkout
 CONTENDERS = {
     'deck': "the slides' plain code",
     'deck-bf16': "the slides' plain code, bfloat16 autocast, channels_last",
@@ -105,15 +101,6 @@ def step_of(name: str, mode: str, batch: int, scale: int) -> Tuple[nn.Module, Ca
         optimizer.step()
 
     return model, train
-
-
-def seconds(step: Callable[[], Any]) -> float:
-    synchronize = torch.cuda.synchronize if DEVICE.type == 'cuda' else lambda: None
-    synchronize()
-    start = time.perf_counter()
-    step()
-    synchronize()
-    return time.perf_counter() - start
 
 
 def turn(step: Callable[[], Any]) -> float:
@@ -208,13 +195,6 @@ def measure(
             mode=mode, batch=batch, network=name, ms=1e3 * median, ratio=ratio, images_per_s=batch / median,
             ceiling_share=ceiling / median, **probes[name]))
     return rows
-
-
-def machine() -> str:
-    """What figures are of: hardware, torch and the code's commit."""
-    found = environment(DEVICE)
-    hardware = found['hardware'] if DEVICE.type == 'cuda' else f'{found["threads"]} threads of {found["hardware"]}'
-    return f'{hardware}, torch {torch.__version__}, commit {COMMIT}'
 
 
 def write_tables(rows: List[Dict[str, Any]], scale: int, rounds: int, rates: Tuple[float, float], out: Path) -> str:

@@ -21,12 +21,11 @@ import torch.nn.functional as F
 from timm.models import is_model
 from tqdm import tqdm
 
-from memory import in_process, peak_mb_of
-from speed import DEVICE, machine, seconds
+from measuring import DEVICE, in_process, machine, peak_mb_of, seconds
 from timm_dense2net.counts import count_macs, count_params
+from timm_dense2net.deck import TABLE
 from timm_dense2net.figures import new_figure, save_figure
 from timm_dense2net.files import write_csv, write_text
-from timm_dense2net.table import TABLE
 
 MODES = {'forward': 'forward pass', 'train': 'training step', 'checkpointed': 'training step, checkpointed'}
 COLUMNS = ('model', 'img_size', 'params', 'macs', 'mode', 'batch', 'ms', 'ratio', 'images_per_s', 'peak_mb')

@@ -1,14 +1,39 @@
-"""Peak memory of one call, of the GPU where there is one, else of the process (Linux), and a process to measure it in.
+"""What the benchmarks share: the device, the time and peak memory of one call, and what the figures are of.
+
+Peak memory is that of the GPU where there is one, else of the process (Linux).
 """
 import ctypes
 import multiprocessing
+import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, Callable
 
 import torch
 
-__all__ = ['in_process', 'peak_mb_of']
+from timm_dense2net.environment import environment, source_commit
+
+__all__ = ['DEVICE', 'in_process', 'machine', 'peak_mb_of', 'seconds']
+
+DEVICE = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
+COMMIT = source_commit() or 'unknown'  # before figures are written into the checkout
+
+
+def machine() -> str:
+    """What figures are of: hardware, torch and the code's commit."""
+    found = environment(DEVICE)
+    hardware = found['hardware'] if DEVICE.type == 'cuda' else f'{found["threads"]} threads of {found["hardware"]}'
+    return f'{hardware}, torch {torch.__version__}, commit {COMMIT}'
+
+
+def seconds(step: Callable[[], Any]) -> float:
+    """Time of a call, with all that it starts on a GPU."""
+    synchronize = torch.cuda.synchronize if DEVICE.type == 'cuda' else lambda: None
+    synchronize()
+    start = time.perf_counter()
+    step()
+    synchronize()
+    return time.perf_counter() - start
 
 
 def in_process(function: Callable[..., Any], *args: Any) -> Any:
