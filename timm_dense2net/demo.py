@@ -106,6 +106,13 @@ def _draw_examples(folder: Path) -> list[str]:
     return paths
 
 
+def _check_can_be_shown(path: str | Path, trained: TrainedModel) -> None:
+    if not any(isinstance(module, DenseBlock) for module in trained.model.modules()):
+        raise ValueError(f'{path}: expected a run of a Dense2Net or DenseNet of this package')
+    if trained.data_config['input_size'][0] != 3:
+        raise ValueError(f'{path}: expected a net for pictures in colour, of 3 channels')
+
+
 def build_demo(checkpoints: Sequence[str | Path] = ()) -> Any:
     """Builds the page as a `gradio.Blocks`; `.launch()` serves it.
 
@@ -135,12 +142,7 @@ def build_demo(checkpoints: Sequence[str | Path] = ()) -> Any:
     sources.update((name, (name, None)) for name in timm.list_models(module='dense2net', pretrained=True))
     first = str(checkpoints[0]) if checkpoints else BEST_PACKAGED
     for path in checkpoints:
-        # A mistake shows now and not in the page.
-        trained = load(None, str(path))
-        if not any(isinstance(module, DenseBlock) for module in trained.model.modules()):
-            raise ValueError(f'{path}: expected a run of a Dense2Net or DenseNet of this package')
-        if trained.data_config['input_size'][0] != 3:
-            raise ValueError(f'{path}: expected a net for pictures in colour, of 3 channels')
+        _check_can_be_shown(path, load(None, str(path)))  # a mistake shows now and not in the page
 
     def classify(picture: Image.Image | None, name: str) -> tuple[Any, ...]:
         return explain(load(*sources[name]), picture) if picture is not None else (None, None, None)

@@ -12,7 +12,9 @@ import json
 import shutil
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import yaml
 from huggingface_hub import HfApi, get_token
@@ -78,10 +80,25 @@ def write_hub_folder(run: Path, repo_id: str, output: Path) -> Path:
 
 
 def _fill(folder: Path, run: Path, repo_id: str, result: RunResult, trained: TrainedModel) -> None:
+    _save_model(folder, result, trained)
+    for name in _RUN_FILES:
+        if (run / name).is_file():
+            shutil.copyfile(run / name, folder / name)
+    args = yaml.safe_load((run / ARGS_FILE).read_text(encoding='utf-8'))
+    recipe = _recipe(args, trained)
+    (folder / 'recipe.yaml').write_text(yaml.safe_dump(recipe), encoding='utf-8')
+    processes = json.loads((run / 'result.json').read_text(encoding='utf-8')).get('world_size') or 1
+    files = {path.name for path in folder.iterdir()}
+    card = model_card(repo_id, result, trained, args, recipe['dataset'], processes, files)
+    (folder / 'README.md').write_text(card, encoding='utf-8')
+
+
+def _save_model(folder: Path, result: RunResult, trained: TrainedModel) -> None:
+    """Writes weights and config.json, with the weights' digest in it."""
     model_config = dict(label_names=list(trained.class_names)) if trained.class_names else {}
     # The tag that the model has by default is that of other weights.
     model_config['pretrained_cfg'] = dict(tag=result.tag)
-    conversion, model_args = getattr(trained.model, 'res2net_conversion', None), None
+    conversion, model_args = _conversion_of(trained), None
     if conversion is not None:
         model_config['pretrained_cfg']['architecture'] = 'res2net_converted'
         model_args = dict(base=trained.model.pretrained_cfg['architecture'], conversion=conversion)
@@ -91,26 +108,27 @@ def _fill(folder: Path, run: Path, repo_id: str, result: RunResult, trained: Tra
     config = json.loads((folder / 'config.json').read_text(encoding='utf-8'))
     config[DIGEST_KEY] = sha256_of(folder / WEIGHTS_FILE)
     (folder / 'config.json').write_text(json.dumps(config, indent=2) + '\n', encoding='utf-8')
-    for name in _RUN_FILES:
-        if (run / name).is_file():
-            shutil.copyfile(run / name, folder / name)
-    args = yaml.safe_load((run / ARGS_FILE).read_text(encoding='utf-8'))
+
+
+def _conversion_of(trained: TrainedModel) -> dict[str, Any] | None:
+    return getattr(trained.model, 'res2net_conversion', None)
+
+
+def _recipe(args: Mapping[str, Any], trained: TrainedModel) -> dict[str, Any]:
+    """What trains the model again, of a run's arguments: nothing of where the run lay."""
     public = public_args(args, first_model(trained))
     recipe = {name: value for name, value in public.items() if name not in _OWN_ARGS}
     # As training found it: where the run is published, a folder of that name may be missing.
     recipe['dataset'] = hub_dataset(trained.metadata.get('dataset', public['dataset']))
     if is_place('model', args['model']):
         # The architecture's name stands for other weights, or none, and what is special in it was told by the folder.
+        conversion = _conversion_of(trained)
         recipe['pretrained'] = False
         recipe['model_kwargs'] = json.loads(trained.metadata.get('model_args', '{}'))
         recipe['res2net_scale'] = conversion['scale'] if conversion is not None else None
     elif args['model'].startswith('hf-hub:'):
         recipe['model'] = args['model']
-    (folder / 'recipe.yaml').write_text(yaml.safe_dump(recipe), encoding='utf-8')
-    processes = json.loads((run / 'result.json').read_text(encoding='utf-8')).get('world_size') or 1
-    files = {path.name for path in folder.iterdir()}
-    card = model_card(repo_id, result, trained, args, recipe['dataset'], processes, files)
-    (folder / 'README.md').write_text(card, encoding='utf-8')
+    return recipe
 
 
 def push_hub_folder(folder: Path, repo_id: str) -> str:
