@@ -20,7 +20,7 @@ from timm.data import create_transform
 from timm_dense2net.augment import AugmentConfig, ProgressiveResize
 from timm_dense2net.cifar import CIFAR100_CLASSES
 from timm_dense2net.data import (
-    _KNOWN_STATS, check_images, check_same_classes, fits_in_memory, load_arrays, load_images, open_dataset)
+    _KNOWN_STATS, check_images, check_same_classes, load_images, open_dataset)
 from timm_dense2net.images import ImageArrays, ImageReader, dataset_stats, hold_out_split
 from timm_dense2net.loader import BatchLoader
 
@@ -67,16 +67,16 @@ def assert_same_batches(first, second):
 
 def test_digits_split_is_whole_stratified_and_fixed():
     sklearn_datasets = pytest.importorskip('sklearn.datasets')
-    train, test = load_arrays('digits', 'train'), load_arrays('digits', 'test')
+    train, test = load_images('digits', 'train'), load_images('digits', 'test')
     assert (len(train), len(test)) == (1437, 360)
     assert train.images.shape[1:] == (3, 32, 32) and train.images.dtype == torch.uint8
     assert train.class_names == test.class_names == tuple('0123456789')
     share = torch.bincount(test.labels) / (torch.bincount(test.labels) + torch.bincount(train.labels))
     assert (share - 0.2).abs().max() < 0.005
-    assert torch.equal(load_arrays('digits', 'test').images, test.images)
+    assert torch.equal(load_images('digits', 'test').images, test.images)
 
     # Decoding at the digits' own size leaves them as they are, so the two parts can be compared with the source.
-    parts = [load_arrays('digits', split, img_size=8).images[:, 0] for split in ('train', 'test')]
+    parts = [load_images('digits', split, img_size=8).images[:, 0] for split in ('train', 'test')]
     got = torch.cat(parts).flatten(1).numpy()
     source = np.rint(sklearn_datasets.load_digits().data * 255 / 16).astype(np.uint8)
     assert sorted(map(bytes, got)) == sorted(map(bytes, source))
@@ -84,12 +84,12 @@ def test_digits_split_is_whole_stratified_and_fixed():
 
 def test_image_folder(tmp_path):
     root = write_folder(tmp_path, splits=('train', 'val'))
-    train = load_arrays(root, 'train')
+    train = load_images(root, 'train')
     assert train.images.shape == (6, 3, 12, 12) and train.images.is_contiguous()
     assert train.class_names == ('cat', 'dog') and train.labels.tolist() == [0, 0, 0, 1, 1, 1]
     expected = np.asarray(Image.open(tmp_path / 'train' / 'dog' / '1.png')).transpose(2, 0, 1)
     assert np.array_equal(train.images[4].numpy(), expected)
-    test = load_arrays('', 'test', data_dir=root)
+    test = load_images('', 'test', data_dir=root)
     assert not torch.equal(test.images, train.images)
 
 
@@ -111,7 +111,7 @@ print(list(open_dataset(sys.argv[1], 'train').reader.class_to_idx.items()))'''
 def test_class_names_are_text(tmp_path):
     root = write_folder(tmp_path, ('a', os.fsdecode(b'\xff')))
     with pytest.raises(ValueError, match=r"the name of class '\\udcff' is not UTF-8; rename it"):
-        load_arrays(root, 'train')
+        load_images(root, 'train')
 
 
 @pytest.mark.parametrize('subfolder, name', [('a', "'a'"), ('.', "''")])
@@ -120,25 +120,25 @@ def test_one_class_is_not_enough(tmp_path, subfolder, name):
     for i in range(3):
         Image.new('RGB', (4, 4)).save(tmp_path / 'train' / subfolder / f'{i}.png')
     with pytest.raises(ValueError, match=f'train: has one class only, {name}; there must be two or more'):
-        load_arrays(str(tmp_path), 'train')
+        load_images(str(tmp_path), 'train')
 
 
 @pytest.mark.parametrize('name', ['validation', 'val', 'test'])
 def test_evaluation_folder_goes_by_timms_names(tmp_path, name):
-    assert len(load_arrays(write_folder(tmp_path, splits=('train', name)), 'test')) == 6
+    assert len(load_images(write_folder(tmp_path, splits=('train', name)), 'test')) == 6
 
 
 def test_images_of_different_sizes_are_resized_as_timm_evaluates(tmp_path):
     root = write_folder(tmp_path, classes=('a',), size=(40, 25))
     write_folder(tmp_path, classes=('b',), size=(16, 16))
     with pytest.raises(ValueError, match='image 3 is 16 x 16, the first is 25 x 40; give img_size'):
-        load_arrays(root, 'train')
-    arrays = load_arrays(root, 'train', img_size=16)
+        load_images(root, 'train')
+    arrays = load_images(root, 'train', img_size=16)
     transform = create_transform(16, interpolation='bicubic', crop_pct=1., mean=(0.,) * 3, std=(1.,) * 3)
     expected = transform(Image.open(tmp_path / 'train' / 'a' / '0.png'))
     assert torch.equal(arrays.images[0], (expected * 255).round().to(torch.uint8))
     config = dict(interpolation='bilinear', crop_pct=0.5, crop_mode='squash')
-    cropped = load_arrays(root, 'train', img_size=16, **config)
+    cropped = load_images(root, 'train', img_size=16, **config)
     for index, path in ((0, tmp_path / 'train' / 'a' / '0.png'), (3, tmp_path / 'train' / 'b' / '0.png')):
         expected = create_transform(16, mean=(0.,) * 3, std=(1.,) * 3, **config)(Image.open(path))
         assert torch.equal(cropped.images[index], (expected * 255).round().to(torch.uint8))
@@ -150,22 +150,22 @@ def test_grey_and_palette_images_become_rgb(tmp_path):
     root = write_folder(tmp_path, classes=('a', 'b'), count=1)
     Image.open(tmp_path / 'train' / 'a' / '0.png').convert('L').save(tmp_path / 'train' / 'a' / '1.png')
     Image.open(tmp_path / 'train' / 'a' / '0.png').convert('P').save(tmp_path / 'train' / 'a' / '2.png')
-    assert load_arrays(root, 'train').images.shape == (4, 3, 12, 12)
+    assert load_images(root, 'train').images.shape == (4, 3, 12, 12)
 
 
 def test_missing_folders_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match='nowhere: not a folder'):
-        load_arrays(str(tmp_path / 'nowhere'), 'train')
+        load_images(str(tmp_path / 'nowhere'), 'train')
     with pytest.raises(ValueError, match='an image folder is named by --data-dir'):
-        load_arrays('', 'train')
+        load_images('', 'train')
     root = write_folder(tmp_path, splits=('train',))
     with pytest.raises(FileNotFoundError, match='no folder for the test split, one of test, validation, val'):
-        load_arrays(root, 'test')
+        load_images(root, 'test')
     (tmp_path / 'val').mkdir()
     with pytest.raises(FileNotFoundError, match='Found 0 images'):
-        load_arrays(root, 'test')
+        load_images(root, 'test')
     with pytest.raises(ValueError, match="'holdout'"):
-        load_arrays(root, 'holdout')
+        load_images(root, 'holdout')
 
 
 @pytest.mark.parametrize('content', [b'not an image', None])
@@ -174,7 +174,7 @@ def test_image_that_cannot_be_decoded_is_named(tmp_path, content):
     victim = tmp_path / 'train' / 'dog' / '1.png'
     victim.write_bytes(content or victim.read_bytes()[:2000])
     with pytest.raises(ValueError, match=r'image 4 \(.*dog.1\.png\) cannot be decoded') as error:
-        load_arrays(root, 'train')
+        load_images(root, 'train')
     assert '\n' not in str(error.value)
 
 
@@ -183,30 +183,30 @@ def test_image_of_a_torchvision_set_that_cannot_be_decoded_is_named(tmp_path):
     victim = tmp_path / 'train' / 'dog' / '1.png'
     victim.write_bytes(victim.read_bytes()[:2000])
     with pytest.raises(ValueError, match='torch/image_folder train: image 4 cannot be decoded: .*truncated'):
-        load_arrays('torch/image_folder', 'train', data_dir=root)
+        load_images('torch/image_folder', 'train', data_dir=root)
 
 
 def test_image_of_too_many_pixels_is_named(tmp_path, monkeypatch):
     root = write_folder(tmp_path, size=(64, 64))
     monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', 1000)
     with pytest.raises(ValueError, match=r'image 0 \(.*png\) cannot be decoded: Image size \(4096 pixels\)'):
-        load_arrays(root, 'train')
+        load_images(root, 'train')
 
 
 def test_wrong_classes_are_named(tmp_path):
     root = write_folder(tmp_path, classes=('cat', 'dog', 'eel'), splits=('train',))
     write_folder(tmp_path, classes=('cat', 'fox'), splits=('val',))
-    train, test = load_arrays(root, 'train'), load_arrays(root, 'test')
+    train, test = load_images(root, 'train'), load_images(root, 'test')
     with pytest.raises(ValueError, match=r"3 classes.*2; only in training: \['dog', 'eel'\], only in test: \['fox'\]"):
         check_same_classes(train, test)
     check_same_classes(train, train)
     with pytest.raises(ValueError, match='has 3 classes, 10 are asked for'):
-        load_arrays(root, 'train', num_classes=10)
+        load_images(root, 'train', num_classes=10)
 
 
 def test_streamed_sets_are_refused():
     with pytest.raises(ValueError, match='tfds/cifar10: a streamed data set'):
-        load_arrays('tfds/cifar10', 'train')
+        load_images('tfds/cifar10', 'train')
 
 
 @pytest.fixture
@@ -239,7 +239,7 @@ def test_torch_cifar100(small_cifar100):
         assert arrays.labels.tolist() == files[split]['fine_labels']
         assert arrays.num_classes == 100 and arrays.class_names[3] == 'class3'
     with pytest.raises(ValueError, match='torch/cifar100 train: has 20 images, the whole of it has 50000'):
-        load_arrays('torch/cifar100', 'train', data_dir=str(root))
+        load_images('torch/cifar100', 'train', data_dir=str(root))
 
 
 def test_torch_cifar100_is_downloaded_and_its_checksum_checked(small_cifar100, monkeypatch):
@@ -272,13 +272,13 @@ def test_damaged_or_missing_torch_cifar100_is_named(small_cifar100):
     (folder / 'train').write_bytes(content)
     message = 'torch/cifar100: not found in .*, or damaged .*--dataset-download.* images is named by --dataset'
     with pytest.raises(FileNotFoundError, match=message):
-        load_arrays('torch/cifar100', 'train', data_dir=str(root))
+        load_images('torch/cifar100', 'train', data_dir=str(root))
     with pytest.raises(FileNotFoundError, match='torch/cifar100: not found'):
-        load_arrays('torch/cifar100', 'train', data_dir=str(root / 'elsewhere'))
+        load_images('torch/cifar100', 'train', data_dir=str(root / 'elsewhere'))
     with pytest.raises(ValueError, match='data_dir'):
-        load_arrays('torch/cifar100', 'train')
+        load_images('torch/cifar100', 'train')
     with pytest.raises(ValueError, match='torch/cifar1000: Unknown torchvision dataset'):
-        load_arrays('torch/cifar1000', 'train', data_dir=str(root))
+        load_images('torch/cifar1000', 'train', data_dir=str(root))
 
 
 def write_parquet(root, count=12, classes=3, columns=('img', 'fine_label'), splits=('train', 'test')):
@@ -303,7 +303,7 @@ def write_parquet(root, count=12, classes=3, columns=('img', 'fine_label'), spli
 def test_parquet_folder_with_columns_found(tmp_path, columns):
     pixels = write_parquet(tmp_path / 'set', columns=columns)
     for split in ('train', 'test'):
-        arrays = load_arrays(f'hfds/{tmp_path}/set', split, data_dir=str(tmp_path / 'cache'))
+        arrays = load_images(f'hfds/{tmp_path}/set', split, data_dir=str(tmp_path / 'cache'))
         assert np.array_equal(arrays.images.numpy(), pixels[split].transpose(0, 3, 1, 2))
         assert arrays.labels.tolist() == [index % 3 for index in range(12)]
         assert arrays.class_names == ('c0', 'c1', 'c2')
@@ -313,11 +313,11 @@ def test_parquet_columns_by_name(tmp_path):
     write_parquet(tmp_path / 'set')
     kwargs = dict(data_dir=str(tmp_path / 'cache'))
     with pytest.raises(ValueError, match=r"no column 'picture', only \['img', 'fine_label', 'coarse_label'\]"):
-        load_arrays(f'hfds/{tmp_path}/set', 'train', input_key='picture', **kwargs)
+        load_images(f'hfds/{tmp_path}/set', 'train', input_key='picture', **kwargs)
     with pytest.raises(ValueError, match="no image of class 'y'"):
-        load_arrays(f'hfds/{tmp_path}/set', 'train', target_key='coarse_label', **kwargs)
+        load_images(f'hfds/{tmp_path}/set', 'train', target_key='coarse_label', **kwargs)
     with pytest.raises(ValueError, match="column 'fine_label' holds no images"):
-        load_arrays(f'hfds/{tmp_path}/set', 'train', input_key='fine_label', **kwargs)
+        load_images(f'hfds/{tmp_path}/set', 'train', input_key='fine_label', **kwargs)
 
 
 def test_parquet_folder_of_fewer_images_than_its_card_says(tmp_path):
@@ -325,7 +325,7 @@ def test_parquet_folder_of_fewer_images_than_its_card_says(tmp_path):
     splits = [dict(name='train', num_examples=24), dict(name='test', num_examples=12)]
     (tmp_path / 'set' / 'README.md').write_text(f'---\ndataset_info: {json.dumps(dict(splits=splits))}\n---\n')
     with pytest.raises(ValueError, match='set: NonMatchingSplitsSizesError: .*24'):
-        load_arrays(f'hfds/{tmp_path}/set', 'train', data_dir=str(tmp_path / 'cache'))
+        load_images(f'hfds/{tmp_path}/set', 'train', data_dir=str(tmp_path / 'cache'))
 
 
 def test_labels_that_are_no_indices_are_named(tmp_path):
@@ -336,7 +336,7 @@ def test_labels_that_are_no_indices_are_named(tmp_path):
     table = datasets.Dataset.from_dict({'image': [image], 'label': ['cat']}, features=features)
     table.to_parquet(str(tmp_path / 'set' / 'train.parquet'))
     with pytest.raises(ValueError, match="labels must be class indices, that of image 0 is 'cat'"):
-        load_arrays(f'hfds/{tmp_path}/set', 'train', data_dir=str(tmp_path / 'cache'))
+        load_images(f'hfds/{tmp_path}/set', 'train', data_dir=str(tmp_path / 'cache'))
 
 
 @pytest.mark.parametrize('column, message', [
@@ -351,18 +351,18 @@ def test_empty_cells_of_a_table_are_named(tmp_path, column, message):
     (tmp_path / 'set').mkdir()
     datasets.Dataset.from_dict(cells, features=features).to_parquet(str(tmp_path / 'set' / 'train.parquet'))
     with pytest.raises(ValueError, match=message):
-        load_arrays(f'hfds/{tmp_path}/set', 'train', data_dir=str(tmp_path / 'cache'))
+        load_images(f'hfds/{tmp_path}/set', 'train', data_dir=str(tmp_path / 'cache'))
 
 
 def test_parquet_validation_split_and_missing_split(tmp_path):
     write_parquet(tmp_path / 'set', splits=('train', 'validation'))
     cache = str(tmp_path / 'cache')
-    assert len(load_arrays(f'hfds/{tmp_path}/set', 'test', data_dir=cache)) == 12
+    assert len(load_images(f'hfds/{tmp_path}/set', 'test', data_dir=cache)) == 12
     write_parquet(tmp_path / 'other', splits=('train',))
     with pytest.raises(FileNotFoundError, match=r"no test split, only \['train'\]"):
-        load_arrays(f'hfds/{tmp_path}/other', 'test', data_dir=cache)
+        load_images(f'hfds/{tmp_path}/other', 'test', data_dir=cache)
     with pytest.raises(FileNotFoundError, match='nowhere'):
-        load_arrays(f'hfds/{tmp_path}/nowhere', 'test', data_dir=cache)
+        load_images(f'hfds/{tmp_path}/nowhere', 'test', data_dir=cache)
 
 
 @pytest.mark.parametrize('damage', ['truncated', 'altered'])
@@ -377,7 +377,7 @@ def test_damaged_parquet_is_named(tmp_path, damage):
         content[4:200] = bytes(196)
     victim.write_bytes(content)
     with pytest.raises(ValueError, match='damaged: .*train-00000-of-00001.parquet: .') as error:
-        load_arrays(f'hfds/{tmp_path}/set', 'train', data_dir=str(tmp_path / 'cache'))
+        load_images(f'hfds/{tmp_path}/set', 'train', data_dir=str(tmp_path / 'cache'))
     assert '\n' not in str(error.value).strip()
 
 
@@ -385,7 +385,7 @@ def test_real_cifar100(tmp_path):
     if not os.path.isdir(CIFAR100):
         pytest.skip('the real CIFAR-100 is not in ../shared/cifar100')
     pytest.importorskip('datasets')
-    train = load_arrays(f'hfds/{CIFAR100}', 'train', data_dir=str(tmp_path), num_classes=100)
+    train = load_images(f'hfds/{CIFAR100}', 'train', data_dir=str(tmp_path), num_classes=100)
     assert train.images.shape == (50000, 3, 32, 32) and train.images.is_contiguous()
     assert torch.bincount(train.labels).tolist() == [500] * 100
     assert train.class_names[:3] == ('apple', 'aquarium_fish', 'baby')
@@ -468,10 +468,11 @@ def test_statistics_of_images_not_held_are_estimated(tmp_path):
     np.testing.assert_allclose(dataset_stats(reader), dataset_stats(reader.decode()), rtol=1e-12)
 
 
-def test_memory_limit():
-    assert fits_in_memory(50000, (3, 32, 32))
-    assert not fits_in_memory(1281167, (3, 224, 224))
-    assert fits_in_memory(10, (3, 4, 4), 480) and not fits_in_memory(10, (3, 4, 4), 479)
+def test_images_are_held_up_to_the_memory_limit(tmp_path):
+    root = write_folder(tmp_path)
+    size = load_images(root, 'train').images.numel()
+    assert isinstance(load_images(root, 'train', memory_limit=size), ImageArrays)
+    assert isinstance(load_images(root, 'train', memory_limit=size - 1), ImageReader)
 
 
 # Hold-out
@@ -677,13 +678,13 @@ def test_broken_image_read_from_disk_is_named_in_one_line(tmp_path, num_workers)
 def test_missing_package_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, 'datasets', None)
     with pytest.raises(ValueError, match=r"hfds/some/set needs the package datasets: pip install -e '.\["):
-        load_arrays('hfds/some/set', 'train')
+        load_images('hfds/some/set', 'train')
 
 
 def test_the_hubs_misprint_among_cifar100s_classes(tmp_path):
     names = ['cra' if name == 'crab' else name for name in CIFAR100_CLASSES]
     root = write_folder(tmp_path, names, count=1, size=(2, 2), splits=('train',))
-    assert load_arrays(root, 'train').class_names == CIFAR100_CLASSES
+    assert load_images(root, 'train').class_names == CIFAR100_CLASSES
 
 
 def test_channel_of_one_value_is_refused():

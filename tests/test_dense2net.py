@@ -349,23 +349,23 @@ def test_large_batches_run_by_parts(monkeypatch):
     x = torch.randn(7, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     expected = model(x)
     monkeypatch.setattr(parts, 'IMAGE_CACHE_BYTES', math.ceil(3 * 32 * 32 * 32 * 4 / torch.get_num_threads()))
-    parts = []
+    seen = []
     layer_forward = DenseLayer.forward
     monkeypatch.setattr(
-        DenseLayer, 'forward', lambda self, features: parts.append(len(features[0])) or layer_forward(self, features))
+        DenseLayer, 'forward', lambda self, features: seen.append(len(features[0])) or layer_forward(self, features))
     torch.testing.assert_close(model(x), expected)
-    assert parts[:6] == [3, 3, 3, 3, 1, 1]
+    assert seen[:6] == [3, 3, 3, 3, 1, 1]
     # What sees the batch as a whole keeps it: hooks, and norms that take their statistics from it.
     layer = model.features.denseblock1.denselayer1
     handle = layer.register_forward_hook(lambda *args: None)
-    parts.clear()
+    seen.clear()
     model(x)
     handle.remove()
-    assert parts == [7, 7, 7, 7]
+    assert seen == [7, 7, 7, 7]
     layer.norm1.track_running_stats, layer.norm1.running_mean, layer.norm1.running_var = False, None, None
-    parts.clear()
+    seen.clear()
     model(x)
-    assert parts == [7, 7, 7, 7]
+    assert seen == [7, 7, 7, 7]
 
 
 @pytest.mark.parametrize('kwargs', [dict(scale=8, attn_layer='se'), dict(scale=None), dict(stem_type='deep')])

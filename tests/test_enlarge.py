@@ -6,9 +6,8 @@ import torch
 import timm_dense2net  # noqa: F401
 from timm_dense2net.checkpoint import load_weights, save_weights
 from timm_dense2net.enlarge import load_all_but_stem, main
-from timm_dense2net.start import freeze_stages
+from timm_dense2net.freeze import freeze_stages
 from timm_dense2net.trained import load_trained
-
 
 STEM = ('features.conv', 'features.norm')
 

@@ -17,7 +17,7 @@ from timm_dense2net.calibration import cross_fit_calibration, expected_calibrati
 from timm_dense2net.checkpoint import save_weights
 from timm_dense2net.convert import conversion_metadata, convert_res2net
 from timm_dense2net.corruptions import CORRUPTIONS, corrupt
-from timm_dense2net.data import load_arrays
+from timm_dense2net.data import load_images
 from timm_dense2net.evaluate import FlipAverage, evaluate, main
 from timm_dense2net.fused import FusedDenseBlock
 from timm_dense2net.images import ImageArrays
@@ -68,7 +68,7 @@ def trained_colour(names=('green', 'red'), model=None):
 
 
 def test_evaluate_counts_right_answers(folder):
-    arrays = load_arrays(str(folder), 'test')
+    arrays = load_images(str(folder), 'test')
     figures = evaluate(trained_colour(), arrays, batch_size=32)
     assert figures == dict(samples=80, top1=100., top5=100.)
     arrays.labels[:10] = 1
@@ -76,7 +76,7 @@ def test_evaluate_counts_right_answers(folder):
 
 
 def test_evaluate_refuses_other_classes(folder):
-    arrays = load_arrays(str(folder), 'test')
+    arrays = load_images(str(folder), 'test')
     with pytest.raises(ValueError, match="class 0 is 'red' of colour and 'green' of the data"):
         evaluate(trained_colour(names=('red', 'green')), arrays)
     model = MeanColour()
@@ -231,7 +231,7 @@ def test_command_prints_all_figures_of_a_checkpoint(folder, tmp_path, capsys):
     assert main([*call, '--tta-flip', '--calibration', '--corruptions', '--output', str(tmp_path / 'out.json')]) == 0
     figures = json.loads((tmp_path / 'out.json').read_text())
 
-    arrays = load_arrays(str(folder), 'test')
+    arrays = load_images(str(folder), 'test')
     mean, std = torch.tensor([0.4, 0.4, 0.3]).view(3, 1, 1), torch.tensor([0.2, 0.2, 0.1]).view(3, 1, 1)
     with torch.no_grad():
         expected = (model((arrays.images / 255. - mean) / std).argmax(1) == arrays.labels).float().mean() * 100
@@ -271,7 +271,7 @@ def test_images_are_brought_to_the_size_the_model_was_trained_at(folder, tmp_pat
     for size, arguments in ((16, []), (48, ['--img-size', '48'])):
         assert main([*call, *arguments, '--output', str(tmp_path / 'out.json')]) == 0
         figures = json.loads((tmp_path / 'out.json').read_text())
-        arrays = load_arrays(str(folder), 'test', img_size=size)
+        arrays = load_images(str(folder), 'test', img_size=size)
         assert arrays.images.shape[-1] == size
         assert figures == evaluate(load_trained(checkpoint=path), arrays, calibration=True)
         found.append(figures['calibration']['ece'])
@@ -312,7 +312,7 @@ def test_images_that_are_no_squares_stay_as_they_are(tmp_path):
     save_model(path, **full_metadata(input_size='[3, 48, 32]'))
     call = ['--checkpoint', str(path), '--dataset', str(tmp_path), '--device', 'cpu', '--calibration']
     assert main([*call, '--output', str(tmp_path / 'out.json')]) == 0
-    arrays = load_arrays(str(tmp_path), 'test')
+    arrays = load_images(str(tmp_path), 'test')
     assert arrays.images.shape == (2, 3, 48, 32)
     expected = evaluate(load_trained(checkpoint=path), arrays, calibration=True)
     assert json.loads((tmp_path / 'out.json').read_text()) == expected

@@ -17,10 +17,11 @@ from training_runs import ROOT, assert_same_run, finish, read_state, run_here, s
 from timm_dense2net.build import build_data
 from timm_dense2net.checkpoint import load_weights, save_state, save_weights
 from timm_dense2net.cifar import CIFAR100_STD
+from timm_dense2net.freeze import freeze_stages
 from timm_dense2net.options import parse_args
 from timm_dense2net.packaged import packaged_file
 from timm_dense2net.results import read_run
-from timm_dense2net.start import freeze_stages, pretrained_overlay
+from timm_dense2net.start import pretrained_overlay
 from timm_dense2net.trained import load_trained
 
 MODEL = 'dense2net40_k12_s4'

@@ -14,7 +14,8 @@ from training_runs import arguments, run_here
 
 import timm_dense2net  # noqa: F401
 from timm_dense2net.counts import count_macs, count_params
-from timm_dense2net.table import TABLE, main
+from timm_dense2net.deck import TABLE
+from timm_dense2net.table import main
 from timm_dense2net.trained import load_trained
 
 MODELS = timm.list_models(module='resnet_cifar')

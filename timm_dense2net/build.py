@@ -24,6 +24,7 @@ from .distillation import Distillation, loss_weights
 from .distributed import Processes
 from .engine import autocast_factory
 from .errors import one_line
+from .freeze import freeze_stages
 from .hub import LOAD_ERRORS
 from .images import PREPROCESSING, Images, dataset_stats, hold_out_split
 from .loader import BatchLoader
@@ -32,7 +33,7 @@ from .names import check_model_or_source
 from .option_checks import augment_config
 from .options import build_parser, saved_args
 from .public_args import public_args, public_model_kwargs, weight_kwargs
-from .start import freeze_stages, load_start, pretrained_overlay, start_file
+from .start import load_start, pretrained_overlay, start_file
 from .trained import TrainedModel, check_fits, load_test_split, load_trained, weights_config, weights_file
 from .trainer import Trainer
 

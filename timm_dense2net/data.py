@@ -21,7 +21,7 @@ from .errors import one_line
 from .images import ImageArrays, ImageReader, Images, dataset_stats
 from .names import is_utf8
 
-__all__ = ['check_images', 'check_same_classes', 'fits_in_memory', 'load_arrays', 'load_images', 'open_dataset']
+__all__ = ['check_images', 'check_same_classes', 'load_images', 'open_dataset']
 
 # Classes, training images and test images of the data sets whose size is known, by the last part of their name.
 _KNOWN_SIZES = {'cifar10': (10, 50000, 10000), 'cifar100': (100, 50000, 10000)}
@@ -44,11 +44,6 @@ _LABEL_COLUMNS = ('fine_label', 'label')
 
 # Data sets of more bytes than this, as uint8, are read from where they are.
 _MEMORY_LIMIT = 4 << 30
-
-
-def load_arrays(dataset: str, split: str, **kwargs) -> ImageArrays:
-    """:func:`load_images`, held in memory whatever the size."""
-    return load_images(dataset, split, memory_limit=None, **kwargs)
 
 
 def load_images(
@@ -95,16 +90,11 @@ def load_images(
         source = open_dataset(
             dataset, split, data_dir=data_dir, download=download, input_key=input_key, target_key=target_key)
         images = ImageReader(source, f'{dataset or data_dir} {split}', img_size, **preprocessing)
-        if memory_limit is None or fits_in_memory(len(images), images.image_shape, memory_limit):
+        if memory_limit is None or len(images) * math.prod(images.image_shape) <= memory_limit:
             images = images.decode()
     own_labels = target_key in (None, *_LABEL_COLUMNS)
     check_images(images, dataset, split, num_classes, own_labels)
     return images
-
-
-def fits_in_memory(num_images: int, image_shape: Sequence[int], limit: int = _MEMORY_LIMIT) -> bool:
-    """Whether images of a shape (C, H, W) take at most ``limit`` bytes as uint8."""
-    return num_images * math.prod(image_shape) <= limit
 
 
 def open_dataset(

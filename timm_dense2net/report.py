@@ -18,7 +18,7 @@ from itertools import compress
 from pathlib import Path
 from typing import NamedTuple
 
-from .deck import DECK, DECK_LITERATURE_BEST, DeckRow
+from .deck import DECK, TABLE, DeckRow
 from .figures import new_figure, plain_text, save_figure
 from .files import write_csv, write_text
 from .results import RunResult, csv_value, merge_results, read_results, read_run, table_order, write_results
@@ -165,8 +165,9 @@ def draw_report(path: str | Path, rows: Sequence[Row]) -> bool:
             axes.plot([row.deck.top1], [y], 'D', color=deck, markersize=6)
     if any(row.deck for row in rows):
         axes.plot([], [], 'D', color=deck, label="deck's figure")
-    axes.axvline(DECK_LITERATURE_BEST, color='#777777', linestyle='--', linewidth=1, label=(
-        f"best row of the deck's literature table ({DECK_LITERATURE_BEST}, 36.9M parameters)"))
+    best = min(TABLE, key=lambda row: row.error)
+    axes.axvline(100 - best.error, color='#777777', linestyle='--', linewidth=1, label=(
+        f"best of the deck's other networks ({100 - best.error:.2f}, {best.params}M parameters)"))
     names = [plain_text(f'{row.title.replace("`", "")}\n{row.runs[0].model}') for row in rows]
     axes.set_yticks(range(len(rows)), names, fontsize=8)
     axes.set_ylim(len(rows) - 0.4, -0.6)
