@@ -38,7 +38,7 @@ def train(args: argparse.Namespace, processes: Processes) -> None:
         _logger.info(f'Going on after {trainer.epoch} epochs and {trainer.batches_done} batches.')
     # Made last, so that a mistake in the arguments leaves no folder behind.
     with processes.failing_together():
-        folder = RunFolder(args, start_epoch=trainer.epoch) if processes.primary else None
+        folder = RunFolder(args, None if state is None else trainer.epoch) if processes.primary else None
     with closing(folder) if folder else nullcontext():
         trainer.fit(folder)
         if folder is not None:

@@ -20,7 +20,7 @@ from timm.data import create_transform
 from timm_dense2net.augment import AugmentConfig, ProgressiveResize
 from timm_dense2net.cifar import CIFAR100_CLASSES
 from timm_dense2net.data import (
-    _KNOWN_STATS, check_images, check_same_classes, load_images, open_dataset)
+    _KNOWN_STATS, check_images, check_splits_agree, load_images, open_dataset)
 from timm_dense2net.images import ImageArrays, ImageReader, dataset_stats, hold_out_split
 from timm_dense2net.loader import BatchLoader
 
@@ -198,8 +198,11 @@ def test_wrong_classes_are_named(tmp_path):
     write_folder(tmp_path, classes=('cat', 'fox'), splits=('val',))
     train, test = load_images(root, 'train'), load_images(root, 'test')
     with pytest.raises(ValueError, match=r"3 classes.*2; only in training: \['dog', 'eel'\], only in test: \['fox'\]"):
-        check_same_classes(train, test)
-    check_same_classes(train, train)
+        check_splits_agree(train, test)
+    check_splits_agree(train, train)
+    larger = load_images(root, 'train', img_size=16)
+    with pytest.raises(ValueError, match='3x16x16 and the test images of 3x12x12: give --img-size'):
+        check_splits_agree(larger, train)
     with pytest.raises(ValueError, match='has 3 classes, 10 are asked for'):
         load_images(root, 'train', num_classes=10)
 
@@ -392,7 +395,7 @@ def test_real_cifar100(tmp_path):
     np.testing.assert_allclose(dataset_stats(train), _KNOWN_STATS['cifar100'], rtol=0, atol=1e-8)
     test = load_images(f'hfds/{CIFAR100}', 'test', data_dir=str(tmp_path), memory_limit=1)
     assert isinstance(test, ImageReader) and torch.bincount(test.labels).tolist() == [100] * 100
-    check_same_classes(train, test)
+    check_splits_agree(train, test)
     shutil.rmtree(tmp_path)
 
 

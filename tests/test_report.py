@@ -161,6 +161,9 @@ def test_recipes_of_one_file_name_are_not_one_recipe(tmp_path):
 def test_other_first_weights_are_told(tmp_path):
     args = dict(load_recipe('small_ft', build_parser()), model='dense2net100_k12_s4.small_ft_c100')
     assert read_run(make_run(tmp_path, 'same', recipe='small_ft')).overrides == ''
+    stats = dict(mean=[0.5], std=[0.25])  # of the weights that it starts from
+    assert read_run(make_run(tmp_path, 'noted', stats, recipe='small_ft')).overrides == ''
+    assert read_run(make_run(tmp_path, 'given', stats)).overrides == 'mean=[0.5] std=[0.25]'
     assert read_run(make_run(tmp_path, 'other', args, recipe='small_ft')).overrides == (
         'model=dense2net100_k12_s4.small_ft_c100')
 

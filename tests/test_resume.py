@@ -156,6 +156,20 @@ def test_best_weights_of_an_epoch_that_is_trained_anew_are_not_kept(tmp_path):
     assert metadata['top1'] == f'{result["best_top1"]:.4f}' and metadata['epoch'] == str(result['best_epoch'])
 
 
+def test_a_signal_at_the_end_of_training_ends_the_run_before_its_test(tmp_path, monkeypatch):
+    save_last = Trainer._save_weights
+
+    def save_and_be_asked(trainer, is_best):
+        save_last(trainer, is_best)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(Trainer, '_save_weights', save_and_be_asked)
+    assert run_here(arguments(tmp_path, '--epochs', '1')) == 128 + signal.SIGTERM
+    assert not (tmp_path / 'run' / 'result.json').exists()
+    assert run_here(['--resume', tmp_path / 'run']) == 0
+    assert json.loads((tmp_path / 'run' / 'result.json').read_text())['epochs'] == 1
+
+
 def test_no_whole_checkpoint_is_one_message(tmp_path, capsys):
     path = interrupted(tmp_path)
     _cut(path)
@@ -274,6 +288,15 @@ def test_resume_may_last_longer_but_not_learn_otherwise(tmp_path, reference, cap
     assert len(rows) == 4 and rows[:3] == read_summary_rows(reference)
 
 
+def test_weights_of_a_later_epoch_are_not_tested_as_an_earlier_state(tmp_path, reference, capsys):
+    path = tmp_path / 'run'
+    shutil.copytree(reference, path)
+    before = (path / 'result.json').read_bytes()
+    assert run_here(['--resume', path / PREVIOUS_FILE, '--epochs', '2']) == 1
+    assert 'weights of a later epoch than its state' in capsys.readouterr().err
+    assert (path / 'result.json').read_bytes() == before
+
+
 def test_run_that_is_there_is_not_overwritten(tmp_path, reference, capsys):
     assert run_here(arguments(reference.parent)) == 1
     assert 'already holds a run' in capsys.readouterr().err
@@ -281,7 +304,7 @@ def test_run_that_is_there_is_not_overwritten(tmp_path, reference, capsys):
 
 def test_a_run_that_another_process_writes_is_left_alone(tmp_path, reference, capsys):
     shutil.copytree(reference, tmp_path / 'run')
-    with closing(RunFolder(parse_args(['--resume', str(tmp_path / 'run')]))):
+    with closing(RunFolder(parse_args(['--resume', str(tmp_path / 'run')]), start_epoch=3)):
         before = (tmp_path / 'run' / 'args.yaml').read_bytes()
         assert run_here(['--resume', tmp_path / 'run', '--epochs', '9']) == 1
         assert f'{tmp_path / "run"} is being written by another process' in capsys.readouterr().err
@@ -293,8 +316,9 @@ def test_a_run_begun_meanwhile_is_not_overwritten(tmp_path, reference):
     args = parse_args(list(map(str, arguments(tmp_path))))
     read_resumed_state(args, Processes(torch.device('cpu')))
     shutil.copytree(reference, tmp_path / 'run')
-    with pytest.raises(ValueError, match='already holds a run'):
-        RunFolder(args)
+    for args.resume in (None, 'auto'):
+        with pytest.raises(ValueError, match='already holds a run'):
+            RunFolder(args)
 
 
 def test_a_folder_has_a_name_of_its_own(tmp_path):

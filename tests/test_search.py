@@ -135,6 +135,9 @@ def test_trial_arguments():
         other = base_args('--epochs', '8', '--warmup-epochs', '0', *more)
         args = trial_args(other, suggested(sched='step', decay_rate=0.1))
         assert epoch_rates(args) == pytest.approx([0.1] * 3 + [0.01] * 3 + [0.001] * 2)
+        other = base_args('--epochs', '2', '--warmup-epochs', '0', *more)
+        args = trial_args(other, SearchSpace(scheds=('multistep',)).suggest(FixedTrial(values)))
+        assert len(args.decay_milestones) == 1
     args = trial_args(base, suggested(opt='adamw', lr_adaptive=0.002))
     assert (args.opt, args.lr) == ('adamw', 0.002)
     assert base.model_kwargs == dict(bn_size=2) and base.sched == 'cosine'
@@ -166,7 +169,8 @@ def test_what_is_almost_trained_is_not_ended(epochs, last):
 @pytest.mark.parametrize('epochs, state', [(1, 'complete'), (2, 'pruned')])
 def test_a_trial_ends_where_the_pruner_says_so(epochs, state, tmp_path, monkeypatch):
     monkeypatch.setattr(optuna.trial.Trial, 'should_prune', lambda self: True)
-    argv = ['--study', 'study', '--output', str(tmp_path), *TRAIN_ARGS, '--epochs', str(epochs), '--trials', '1']
+    argv = ['--study', 'study', '--output', str(tmp_path), *TRAIN_ARGS, '--warmup-epochs', '0']
+    argv += ['--epochs', str(epochs), '--trials', '1']
     assert main(argv) == 0
     row = next(csv.DictReader((tmp_path / 'study' / 'trials.csv').open()))
     assert (row['state'], row['epochs']) == (state, '1')

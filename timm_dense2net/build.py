@@ -19,7 +19,7 @@ from timm.utils import random_seed, reparameterize_model
 from .augment import ProgressiveResize
 from .checkpoint import check_finite, load_metadata
 from .convert import conversion_in, conversion_metadata, convert_res2net, reapply_conversion
-from .data import check_same_classes, load_images
+from .data import check_splits_agree, load_images
 from .distillation import Distillation, loss_weights
 from .distributed import Processes
 from .engine import autocast_factory
@@ -80,7 +80,7 @@ def build_data(args: argparse.Namespace) -> RunData:
     """
     train, test = (
         load_images(args.dataset, split, img_size=args.img_size, **_data_args(args)) for split in ('train', 'test'))
-    check_same_classes(train, test)
+    check_splits_agree(train, test)
     if args.mean and args.std:
         mean, std = args.mean, args.std
     elif args.pretrained or args.pretrained_path:

@@ -28,17 +28,28 @@ def _jpeg(images: torch.Tensor, quality: float) -> torch.Tensor:
 
 
 def _gaussian_blur(images: torch.Tensor, sigma: float) -> torch.Tensor:
-    size = 2 * int(4 * sigma + 0.5) + 1
-    return F.gaussian_blur(images, kernel_size=[size, size], sigma=[sigma, sigma])
+    # Beyond its edges an image goes on as it ends, as in scikit-image; torchvision's own padding mirrors it.
+    radius = int(4 * sigma + 0.5)
+    padded = F.pad(images, [radius] * 4, padding_mode='edge')
+    size = [2 * radius + 1] * 2
+    return F.gaussian_blur(padded, kernel_size=size, sigma=[sigma, sigma])[..., radius:-radius, radius:-radius]
+
+
+def _contrast(images: torch.Tensor, factor: float) -> torch.Tensor:
+    # About the mean of each channel; torchvision's adjust_contrast is about that of the grey image.
+    values = images.float()
+    means = values.mean((2, 3), keepdim=True)
+    return ((values - means) * factor + means).round().clamp(0, 255).to(torch.uint8)
 
 
 # Name: the corruption of (N, 3, H, W) uint8 images, and its parameter at severity 1 to 5. The parameters are those of
 # CIFAR-10-C (D. Hendrycks and T. Dietterich, "Benchmarking Neural Network Robustness to Common Corruptions and
-# Perturbations", ICLR 2019, https://arxiv.org/abs/1903.12261); the operations are torchvision's and Pillow's.
+# Perturbations", ICLR 2019, https://arxiv.org/abs/1903.12261), and so are the operations; values are rounded where
+# those cut off.
 CORRUPTIONS: dict[str, tuple[Callable[[torch.Tensor, float], torch.Tensor], tuple[float, ...]]] = {
     'gaussian_noise': (_gaussian_noise, (0.04, 0.06, 0.08, 0.09, 0.10)),
     'gaussian_blur': (_gaussian_blur, (0.4, 0.6, 0.7, 0.8, 1.0)),
-    'contrast': (F.adjust_contrast, (0.75, 0.5, 0.4, 0.3, 0.15)),
+    'contrast': (_contrast, (0.75, 0.5, 0.4, 0.3, 0.15)),
     'jpeg': (_jpeg, (80, 65, 58, 50, 40)),
 }
 

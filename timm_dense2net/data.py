@@ -21,7 +21,7 @@ from .errors import one_line
 from .images import ImageArrays, ImageReader, Images, dataset_stats
 from .names import is_utf8
 
-__all__ = ['check_images', 'check_same_classes', 'load_images', 'open_dataset']
+__all__ = ['check_images', 'check_splits_agree', 'load_images', 'open_dataset']
 
 # Classes, training images and test images of the data sets whose size is known, by the last part of their name.
 _KNOWN_SIZES = {'cifar10': (10, 50000, 10000), 'cifar100': (100, 50000, 10000)}
@@ -325,18 +325,20 @@ def _check_known(images: Images, known: str, split: str, own_labels: bool, name:
                              f'the images were altered.')
 
 
-def check_same_classes(train: Images, test: Images) -> None:
-    """Check that two splits number the same classes in the same way.
+def check_splits_agree(train: Images, test: Images) -> None:
+    """Check that two splits number the same classes in the same way, and have images of one shape.
 
     Raises:
-        ValueError: They do not; the message names the classes.
+        ValueError: They do not; the message names the classes, or the sizes.
     """
-    if train.class_names == test.class_names:
-        return
-    only_train = sorted(set(train.class_names) - set(test.class_names))[:5]
-    only_test = sorted(set(test.class_names) - set(train.class_names))[:5]
-    raise ValueError(f'the training split has {train.num_classes} classes and the test split {test.num_classes}; '
-                     f'only in training: {only_train}, only in test: {only_test}.')
+    if train.class_names != test.class_names:
+        only_train = sorted(set(train.class_names) - set(test.class_names))[:5]
+        only_test = sorted(set(test.class_names) - set(train.class_names))[:5]
+        raise ValueError(f'the training split has {train.num_classes} classes and the test split {test.num_classes}; '
+                         f'only in training: {only_train}, only in test: {only_test}.')
+    if train.image_shape != test.image_shape:
+        shapes = ['x'.join(map(str, images.image_shape)) for images in (train, test)]
+        raise ValueError(f'the training images are of {shapes[0]} and the test images of {shapes[1]}: give --img-size')
 
 
 def _known_name(dataset: str) -> str | None:

@@ -25,7 +25,7 @@ __all__ = ['COLUMNS', 'RunResult', 'read_run', 'read_results', 'write_results', 
 # Arguments that say where, when and how fast a run was made, not what was trained.
 _NOT_OVERRIDES = HOST_ARGS | SPEED_ARGS | {
     'recipe', 'model', 'seed', 'output', 'experiment', 'dataset', 'data_dir', 'input_key', 'sync_bn', 'dist_bn',
-    'num_classes', 'mean', 'std', 'batch_size', 'grad_accum_steps'}
+    'num_classes', 'batch_size', 'grad_accum_steps'}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,10 +160,12 @@ def _overrides(recipe: str, args: Mapping[str, Any], world_size: int) -> str:
     if recipe in list_recipes():
         expected |= load_recipe(recipe, build_parser())
     args = {**args, 'model_kwargs': public_model_kwargs(args.get('model_kwargs') or {})}
+    # Those of pretrained weights are noted in the arguments.
+    noted = {'mean', 'std'} if args.get('pretrained') or args.get('pretrained_path') else set()
     # A path is not told: that weights were given is. Spaces stand between words only.
     words = [
         name if is_place(name, args[name]) else f'{name}={args[name]}'.replace(' ', '') for name in sorted(args)
-        if name in expected and name not in _NOT_OVERRIDES and args[name] != expected[name]]
+        if name in expected and name not in _NOT_OVERRIDES | noted and args[name] != expected[name]]
     from_name = args.get('pretrained') and not is_place('model', args['model'])
     if from_name and _tag(args['model']) != _tag(expected['model']):
         words.append(f'model={args["model"]}')

@@ -92,14 +92,14 @@ class RunFolder:
     Args:
         args: Arguments of the run; `output` and `experiment` name the folder, by date, model and recipe where there is
             no `experiment`.
-        start_epoch: Epoch that the run begins with or goes on from.
+        start_epoch: Epoch that the run goes on from; None for a new run.
 
     Raises:
         OSError: If the folder cannot be written.
         ValueError: If another process writes it, or has begun a run there.
     """
 
-    def __init__(self, args: argparse.Namespace, start_epoch: int = 0):
+    def __init__(self, args: argparse.Namespace, start_epoch: int | None = None):
         args.experiment = args.experiment or _default_experiment(args)
         self.path = Path(args.output, args.experiment)
         self.path.mkdir(parents=True, exist_ok=True)
@@ -108,7 +108,7 @@ class RunFolder:
             self._lock.acquire(blocking=False)
         except Timeout:
             raise ValueError(f'{self.path} is being written by another process: name another --experiment') from None
-        if not args.resume:  # one may have been begun since that was looked at
+        if start_epoch is None:  # one may have been begun since that was looked at
             _check_free(self.path)
         self._remove_leftovers()
         self._check_summary()

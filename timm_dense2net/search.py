@@ -160,7 +160,7 @@ class Worker:
         try:
             trainer = build_trainer(args, self.data, self.processes, state, _TrialTrainer, self.distillation)
             trainer.trial, trainer.stop = trial, self._stop
-            with closing(RunFolder(args, start_epoch=trainer.epoch)) as folder:
+            with closing(RunFolder(args, None if state is None else trainer.epoch)) as folder:
                 trainer.fit(folder)
         except (TrainingError, torch.OutOfMemoryError) as e:
             if isinstance(e.__cause__, OSError):

@@ -117,6 +117,6 @@ def trial_args(base: argparse.Namespace, values: Mapping[str, Any]) -> argparse.
         # At half and three quarters, as in the DenseNet paper (https://arxiv.org/abs/1608.06993).
         # By epochs timm's milestone is the number of the first epoch that has the lower rate, counted from 1.
         first = 0 if args.sched_on_updates else 1
-        args.decay_milestones = [max(1, args.epochs // 2) + first, max(1, 3 * args.epochs // 4) + first]
+        args.decay_milestones = sorted({max(1, args.epochs // 2) + first, max(1, 3 * args.epochs // 4) + first})
     check_args(args)
     return args

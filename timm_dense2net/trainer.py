@@ -212,7 +212,7 @@ class Trainer:
             TrainingError: If the loss is not finite or a file cannot be written; the last good state is kept.
         """
         self.folder = folder
-        self._forget_best_of_an_epoch_undone()
+        self._heed_weights_of_later_epochs()
         try:
             # The training form has no second derivatives. What cuDNN finds fastest is fixed by a capture.
             with (self.stop, plain_form() if self.step.create_graph else nullcontext(),
@@ -227,17 +227,32 @@ class Trainer:
                 f'{one_line(e)} A smaller --batch-size or --grad-checkpointing takes less; the last whole state is in'
                 f' {self.path}') from e
 
-    def _forget_best_of_an_epoch_undone(self) -> None:
-        """Where best.safetensors is of an epoch after the state, the weights that the state calls best are gone."""
+    def _heed_weights_of_later_epochs(self) -> None:
+        """Looks for weights of epochs that the state comes before: a crash leaves them, and so does an earlier state.
+
+        Where the best weights are of such an epoch, those that the state calls best are gone.
+
+        Raises:
+            ValueError: If nothing is left to train, so that later weights would be tested as this state's.
+        """
         undone = False
-        if self.folder is not None and self.updates and not self.finished:
-            file = self.folder.path / 'best.safetensors'
-            try:
-                undone = file.is_file() and int(load_metadata(file).get('epoch', 0)) >= self.epoch
-            except ValueError:  # damaged
-                undone = True
+        with self.processes.failing_together():
+            if self.folder is not None and self.updates:
+                if self.finished and self._is_of_later_epoch('last'):
+                    raise ValueError(
+                        f'{self.path} holds weights of a later epoch than its state, after which nothing is left to'
+                        f' train (epoch {self.epoch} of {self.epochs}): give more --epochs')
+                undone = not self.finished and self._is_of_later_epoch('best')
         if self.processes.broadcast(undone):
             self.best = {}
+
+    def _is_of_later_epoch(self, name: str) -> bool:
+        """Whether weights in the folder are of an epoch after the state, or nobody knows of which."""
+        file = self.folder.path / f'{name}.safetensors'
+        try:
+            return file.is_file() and int(load_metadata(file).get('epoch', 0)) >= self.epoch
+        except ValueError:  # damaged
+            return True
 
     def _fit(self) -> None:
         self._clock = time.perf_counter()
@@ -255,6 +270,9 @@ class Trainer:
         except Interrupted:
             self.save()
             raise
+        if self.processes.distributed:
+            self.stop.signum = self.processes.max(self.stop.signum)
+        self._stop_if_asked()  # the test may take longer than what asked will wait
         if self.epoch < self.epochs and self.processes.primary:
             _logger.info(f'Stopped early, after {self.epochs_without_gain} epochs without a better validation top-1.')
 
