@@ -43,6 +43,18 @@ def change_layers(model, change):
                 return super().forward(features) / 2
 
         layers[1].__class__ = Halved
+    elif change == 'hierarchy_subclass':
+        class Doubled(type(layers[1].conv2)):
+            def forward(self, x):
+                return super().forward(x) * 2
+
+        layers[1].conv2.__class__ = Doubled
+    elif change == 'own_drop_path':
+        layers[1].drop_path = torch.nn.Hardtanh(-0.1, 0.1)
+    elif change == 'in_place_attention':
+        layers[1].attn = torch.nn.ReLU(inplace=True)
+    elif change == 'in_place_before_block':
+        model.features.denseblock2 = torch.nn.Sequential(torch.nn.ReLU(inplace=True), block)
     elif change == 'wrapped':
         class Wrapped(torch.nn.Module):
             def __init__(self, layer):
@@ -58,4 +70,4 @@ def change_layers(model, change):
 
 CHANGES = [
     'adapted', 'reflect', 'ceil_mode', 'padded_pool', 'wide_transition', 'appended', 'hooked', 'own_forward', 'narrow',
-    'subclass', 'wrapped']
+    'subclass', 'wrapped', 'hierarchy_subclass', 'own_drop_path', 'in_place_attention', 'in_place_before_block']

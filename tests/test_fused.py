@@ -554,6 +554,17 @@ def test_changed_layers_count(change):
     torch.testing.assert_close(reparameterize_model(model)(x), model(x), rtol=1e-4, atol=1e-4)
 
 
+@torch.no_grad()
+def test_subclasses_stay():
+    class Doubled(SplitHierarchyConv2d):
+        def forward(self, x):
+            return super().forward(x) * 2
+
+    layer = torch.nn.Sequential(Doubled(16, scale=4)).eval()
+    x = images(2, 16, 8, 8)
+    torch.testing.assert_close(reparameterize_model(layer)(x), layer(x))
+
+
 def replace_layers(model):
     model.features.transition1.pool = torch.nn.Identity()
     layer = model.features.denseblock1.denselayer2

@@ -445,7 +445,13 @@ def test_changed_layers_count(change):
     twin, x = copy.deepcopy(model), normal(2, 3, 33, 33, dtype=torch.float32)
     with plain_form():
         expected = twin(x)
-    torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-4)
+    y = model(x)
+    torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
+    gradient, expected_gradient = (
+        torch.autograd.grad(logits.square().sum(), net.features.conv0.weight)[0]
+        for logits, net in ((y, model), (expected, twin)))
+    scale = expected_gradient.abs().max().item()
+    torch.testing.assert_close(gradient, expected_gradient, rtol=1e-3, atol=1e-3 * scale)
 
 
 def test_forward_derivatives():

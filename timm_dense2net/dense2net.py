@@ -239,7 +239,8 @@ class SplitHierarchyConv2d(nn.Module):
     @torch.jit.ignore
     def is_original(self) -> bool:
         """Whether the convolutions are those it is made with."""
-        return all(_is_bare_conv(conv, self.kernel_size, self.dilation, self.groups) for conv in self.convs)
+        return type(self) is SplitHierarchyConv2d and all(
+            _is_bare_conv(conv, self.kernel_size, self.dilation, self.groups) for conv in self.convs)
 
     @torch.jit.ignore
     def fuse(self) -> nn.Module:
@@ -542,7 +543,7 @@ class Features(nn.Sequential):
     @torch.jit.ignore
     def fuse(self) -> nn.Module:
         """Form for inference; itself if its norms are other than batch norm with ReLU, or it is hooked."""
-        if has_own_hooks(self):
+        if type(self) is not Features or has_own_hooks(self):
             return self
         layers = OrderedDict(
             (name, layer.fuse() if hasattr(layer, 'fuse') else layer) for name, layer in self.named_children())
@@ -624,7 +625,10 @@ class Dense2Net(nn.Module):
         self.min_size = self.min_sizes[-1]
 
         last = len(block_config) - 1
-        drop_path_rates = calculate_drop_path_rates(drop_path_rate, list(block_config), stagewise=True)
+        # timm's rates are read from a tensor, which has no values under FakeTensorMode.
+        drop_path_rates = (
+            calculate_drop_path_rates(drop_path_rate, list(block_config), stagewise=True) if drop_path_rate
+            else [[0.] * count for count in block_config])
         for i, num_layers in enumerate(block_config):
             self.features.add_module(f'denseblock{i + 1}', DenseBlock(
                 num_layers,

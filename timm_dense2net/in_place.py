@@ -13,6 +13,8 @@ from typing import Callable, Dict, Iterable, NamedTuple, Optional, Sequence, Tup
 import torch
 import torch.nn as nn
 
+from timm.layers import DropPath
+
 from .hooks import all_modules, has_hooks, is_transformed
 from .parts import image_parts
 
@@ -220,12 +222,15 @@ def _run_layer(
         y = layer.conv2(bottleneck.permute(0, 3, 1, 2))
     else:
         hierarchy.run(layer.conv2, weights.convs)
-        drops = layer.drop_path.training and not isinstance(layer.drop_path, nn.Identity)
-        if isinstance(layer.attn, nn.Identity) and not drops:
+        if type(layer.attn) is nn.Identity and _keeps_all(layer.drop_path):
             torch.mm(mid, weights.conv3, out=pixels[:, c:c + layer.growth_rate])
             return
         y = torch.mm(mid, weights.conv3).view(*bottleneck.shape[:3], layer.growth_rate).permute(0, 3, 1, 2)
     features[..., c:c + layer.growth_rate] = layer.drop_path(layer.attn(y)).permute(0, 2, 3, 1)
+
+
+def _keeps_all(drop_path: nn.Module) -> bool:
+    return type(drop_path) is nn.Identity or (type(drop_path) is DropPath and not drop_path.training)
 
 
 class _Hierarchy:

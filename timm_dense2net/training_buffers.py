@@ -18,7 +18,7 @@ from .parts import row_parts
 
 __all__ = [
     'AddFeatures', 'Buffers', 'Output', 'Statistics', 'as_maps', 'as_pixels', 'check_first_order', 'conv_args',
-    'let_go', 'runs_on_kernels']
+    'empty_maps', 'let_go', 'runs_on_kernels']
 
 _logger = logging.getLogger(__name__)
 
@@ -62,6 +62,13 @@ def check_first_order(gradient: torch.Tensor) -> None:
 def as_maps(x: torch.Tensor) -> torch.Tensor:
     """(N, C, H, W) of (N, H, W, C)."""
     return x.permute(0, 3, 1, 2)
+
+
+def empty_maps(size: Tuple[int, int, int], channels: int, like: torch.Tensor) -> torch.Tensor:
+    """(N, C, H, W) for a size (N, H, W), channels last, and no view: a function's output may be changed in place."""
+    n, h, w = size
+    return torch.empty(
+        (n, channels, h, w), dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
 
 
 def as_pixels(x: torch.Tensor) -> torch.Tensor:

@@ -10,7 +10,7 @@ from torch.autograd import Function
 from .batch_norm import Norm, add_scaled, batch_stats, join_stats, scale_and_shift, stats_terms, update_running_stats
 from .memory_pool import MemoryPool
 from .parts import row_parts
-from .training_buffers import Buffers, as_maps, as_pixels, check_first_order, conv_args, let_go
+from .training_buffers import Buffers, as_maps, as_pixels, check_first_order, conv_args, empty_maps, let_go
 
 __all__ = ['NewFeatures', 'Transition', 'new_features']
 
@@ -56,7 +56,7 @@ class _LayerPass:
         """Output (N, C, H, W) of the last convolution; outputs of conv1 and of the hierarchy's convolutions."""
         kept = self.forward_kept(features)
         ys = self._scratch('y', kept[0])
-        return as_maps(self._conv3(ys) if self.has_hierarchy else self._conv(0, ys[0])), kept
+        return (self._conv3(ys) if self.has_hierarchy else self._conv(0, ys[0])), kept
 
     def forward_kept(self, features: torch.Tensor) -> List[torch.Tensor]:
         """Outputs of conv1 and of the hierarchy's convolutions; the hierarchy's own goes to the scratch buffer 'y'."""
@@ -68,7 +68,8 @@ class _LayerPass:
             norm.forward(x, y)
         outputs, self.norms = [], []
         for i, affine in enumerate(self.affines):
-            z = self.buffers.pool.keep(self._conv(i, ys[i + 1].add_(ys[i])))
+            z = self._conv(i, ys[i + 1].add_(ys[i])).permute(0, 2, 3, 1)
+            z = self.buffers.pool.keep(z.contiguous())
             norm = Norm.of_batch(*batch_stats(as_maps(z)), *affine, self.layer.conv2.norms[i].eps)
             norm.forward(z, ys[i + 1])
             outputs.append(z)
@@ -102,8 +103,8 @@ class _LayerPass:
         return conv_args(self.layer.conv2.convs[i] if self.has_hierarchy else self.layer.conv2)
 
     def _conv(self, i: int, x: torch.Tensor) -> torch.Tensor:
-        """3x3 convolution i of (N, H, W, width)."""
-        return torch.convolution(as_maps(x), self.convs[i], None, *self._conv_args(i)).permute(0, 2, 3, 1).contiguous()
+        """3x3 convolution i, (N, C, H, W), of (N, H, W, width)."""
+        return torch.convolution(as_maps(x), self.convs[i], None, *self._conv_args(i))
 
     def _conv_backward(self, i: int, dy: torch.Tensor, x: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
         """Gradients of the input (N, H, W, width) of 3x3 convolution i and of its weight."""
@@ -112,12 +113,13 @@ class _LayerPass:
         return dx.permute(0, 2, 3, 1).contiguous(), dweight
 
     def _conv3(self, ys: torch.Tensor) -> torch.Tensor:
-        """conv3 (N, H, W, C) of the hierarchy's output (splits, N, H, W, width)."""
+        """conv3 (N, C, H, W) of the hierarchy's output (splits, N, H, W, width)."""
         pixels = ys.flatten(1, 3)
-        out = ys.new_empty((pixels.shape[1], len(self.conv3)))
+        maps = empty_maps(self.buffers.size, len(self.conv3), ys)
+        out = as_pixels(maps)
         for part in row_parts(out, len(out), self.splits * self.width):
             torch.mm(_merge(pixels[:, part]), self.conv3.t(), out=out[part])
-        return out.view(*self.buffers.size, -1)
+        return maps
 
     def update_running_stats(self) -> None:
         layer, count = self.layer, math.prod(self.buffers.size)
@@ -287,11 +289,12 @@ class Transition(Function):
         x = features.view(*size, -1)
         matrix = conv.flatten(1).to(x.dtype)
         n, h, w = size
-        out = x.new_empty((n, h // 2, w // 2, len(matrix)))
+        maps = empty_maps((n, h // 2, w // 2), len(matrix), x)
+        out = maps.permute(0, 2, 3, 1)
         for images in row_parts(x, n, x[0].numel()):
             y = norm.forward(x[images], torch.empty_like(x[images]))
             out[images] = F.avg_pool2d(as_maps(y), 2).permute(0, 2, 3, 1) @ matrix.t()
-        return as_maps(out)
+        return maps
 
     @staticmethod
     def backward(ctx: Any, dout: torch.Tensor):

@@ -28,7 +28,7 @@ from .norm_kernels import (
     norm_relu,
     norm_relu_backward,
 )
-from .training_buffers import Buffers, as_maps, as_pixels, check_first_order, conv_args, let_go
+from .training_buffers import Buffers, as_maps, as_pixels, check_first_order, conv_args, empty_maps, let_go
 
 __all__ = ['Transition', 'new_features']
 
@@ -113,7 +113,9 @@ class Hierarchy(Function):
         norm_relu(zs[-1], norms[-1].part(splits[0]), out=ys[:, splits[-1]])
         ctx.save_for_backward(
             x, ys, *totals, *zs[1:], *convs, conv3, *(t for norm in norms for t in norm[:2]), *parameters)
-        return _maps_like(maps, ys @ conv3.t())
+        new = empty_maps((len(maps), *maps.shape[2:]), len(conv3), ys)
+        torch.mm(ys, conv3.t(), out=as_pixels(new))
+        return new
 
     @staticmethod
     def backward(ctx: Any, dnew: torch.Tensor):
@@ -256,10 +258,13 @@ class Transition(Function):
         ctx.size, ctx.eps = size, norm.eps
         y = norm_relu(features, KernelNorm(*stats, weight, bias, norm.eps))
         update_running_stats(norm, *stats, len(features))
-        pooled = F.avg_pool2d(as_maps(y.view(*size, -1)), 2).permute(0, 2, 3, 1)
+        pooled = F.avg_pool2d(as_maps(y.view(*size, -1)), 2)
+        maps = empty_maps((len(pooled), *pooled.shape[2:]), len(conv), y)
+        pooled = as_pixels(pooled)
         # The buffer of the statistics is not written any more.
         ctx.save_for_backward(features, stats, pooled, weight, bias, conv)
-        return as_maps(pooled @ conv.flatten(1).to(y.dtype).t())
+        torch.mm(pooled, conv.flatten(1).to(y.dtype).t(), out=as_pixels(maps))
+        return maps
 
     @staticmethod
     def backward(ctx: Any, dout: torch.Tensor):
@@ -268,7 +273,7 @@ class Transition(Function):
         norm = KernelNorm(*stats, weight, bias, ctx.eps)
         with torch.autocast(dout.device.type, enabled=False):
             d = dout.permute(0, 2, 3, 1)
-            dconv = (d.flatten(0, 2).t() @ pooled.flatten(0, 2)).to(conv.dtype)
+            dconv = (d.flatten(0, 2).t() @ pooled).to(conv.dtype)
             dy = _unpool(d @ (0.25 * conv.flatten(1)).to(d.dtype), ctx.size)
             dx, sums = torch.empty_like(features), new_sums(features, norm)
             norm_relu_backward(dy, features, norm, dx, sums)
