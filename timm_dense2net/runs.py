@@ -124,7 +124,7 @@ class RunFolder:
         self._tensorboard = None
         if args.log_tensorboard:
             from torch.utils.tensorboard import SummaryWriter
-            self._tensorboard = SummaryWriter(str(self.path / 'tensorboard'), purge_step=start_epoch)
+            self._tensorboard = SummaryWriter(str(self.path / 'tensorboard'), purge_step=start_epoch or 0)
 
     def close(self) -> None:
         """Closes TensorBoard's file, and leaves the folder to others."""
