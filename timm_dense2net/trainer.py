@@ -270,8 +270,6 @@ class Trainer:
         except Interrupted:
             self.save()
             raise
-        if self.processes.distributed:
-            self.stop.signum = self.processes.max(self.stop.signum)
         self._stop_if_asked()  # the test may take longer than what asked will wait
         if self.epoch < self.epochs and self.processes.primary:
             _logger.info(f'Stopped early, after {self.epochs_without_gain} epochs without a better validation top-1.')
@@ -311,16 +309,14 @@ class Trainer:
         if interval and self.updates % interval == 0:
             self._tick(training=True)
             self.save()
-        if not self.processes.distributed:
-            self._stop_if_asked()
-        elif self._reads_back(first):
-            # All must stop at the same step, whichever of them the signal reached.
-            self.stop.signum = self.processes.max(self.stop.signum)
+        if not self.processes.distributed or self._reads_back(first):
             self._stop_if_asked()
 
     def _stop_if_asked(self) -> None:
-        if self.stop.signum:
-            raise Interrupted(self.stop.signum)
+        # All must stop at the same step, whichever of them the signal reached.
+        signum = self.processes.max(self.stop.signum)
+        if signum:
+            raise Interrupted(signum)
 
     def _check_loss(self) -> float:
         """The loss of the last batch; reading it waits for the device.
