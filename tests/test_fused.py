@@ -6,7 +6,8 @@ import pytest
 import timm
 import torch
 from timm.layers import BatchNormAct2d, DropPath, convert_sync_batchnorm, freeze_batch_norm_2d
-from timm.utils import reparameterize_model
+from timm.utils import ModelEmaV3, reparameterize_model
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import timm_dense2net
@@ -423,6 +424,13 @@ def test_state_of_the_fused_net_round_trips():
         torch.testing.assert_close(other(x), fused(x), rtol=0, atol=0)
 
 
+@torch.no_grad()
+def test_fake_tensors():
+    fused = reparameterize_model(create()).bfloat16()
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert fused(torch.empty(2, 3, 32, 32, dtype=torch.bfloat16)).shape == (2, 10)
+
+
 def test_meta_device():
     fused = reparameterize_model(timm.create_model('dense2net121_s8', device='meta').eval())
     assert fused(torch.empty(2, 3, 32, 32, device='meta')).shape == (2, 100)
@@ -487,6 +495,38 @@ def test_weights_of_other_kinds_are_left_to_the_layers():
     linear.weight = torch.nn.Parameter(linear.weight.as_subclass(Quantized), requires_grad=False)
     assert not block.runs_in_place(maps)
     torch.testing.assert_close(fused(x).as_subclass(torch.Tensor), expected)
+
+
+class Doubled(torch.nn.Module):
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x):
+        return 2 * self.layer(x)
+
+
+@pytest.mark.parametrize('scale, name', [
+    (4, 'conv1'), (4, 'conv2'), (4, 'conv3'), (4, 'attn'), (4, ''), (None, 'conv1'), (None, 'conv2'), (None, '')])
+def test_layers_of_the_fused_net_may_be_replaced(name, scale):
+    fused, x = reparameterize_model(create(scale=scale)), images(2, 3, 16, 16)
+    block = fused.features.denseblock1
+    before = fused(x)
+    if name:
+        setattr(block.denselayer1, name, Doubled(getattr(block.denselayer1, name)))
+    else:
+        block.denselayer1 = Doubled(block.denselayer1)
+    expected = fused(x.clone().requires_grad_()).detach()  # by the layers, as autograd records them
+    with torch.no_grad():
+        torch.testing.assert_close(fused(x), expected)
+    assert not torch.allclose(before, expected)
+
+
+def test_average_of_fused_nets():
+    fused, x = reparameterize_model(create()), images(2, 3, 16, 16)
+    ema = ModelEmaV3(fused, decay=0.9)
+    ema.update(fused)
+    torch.testing.assert_close(ema.module.eval()(x), fused(x))
 
 
 def test_calls_beside_each_other_leave_the_threads(three_threads):

@@ -13,6 +13,7 @@ import torch
 from timm.layers import BatchNormAct2d, convert_sync_batchnorm, freeze_batch_norm_2d
 from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 from torch.autograd import gradcheck
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from changed_layers import CHANGES, change_layers
 from timm_dense2net import batch_norm, dense2net, parts, training_buffers, training_form, training_form_cpu
@@ -324,6 +325,22 @@ def test_fake_tensors_take_the_plain_form():
     with mode, runs_of(training_form_cpu.NewFeatures) as counts:
         assert model(torch.empty(4, 3, 13, 11, dtype=torch.float64)).shape == (4, 5)
     assert counts == {'NewFeatures': 0}
+
+
+def test_nets_are_made_of_fake_tensors():
+    with FakeTensorMode():
+        assert Dense2Net(8, (2, 2), num_classes=5)(torch.empty(4, 3, 16, 16)).shape == (4, 5)
+
+
+def test_recorded_operations_are_those_of_the_plain_form():
+    model, x = create(), normal(4, 3, 13, 11)
+    twin = copy.deepcopy(model)
+    with runs_of(training_form_cpu.NewFeatures) as counts:
+        graph = make_fx(lambda x: model(x))(x)
+    assert counts == {'NewFeatures': 0}
+    with plain_form():
+        expected = twin(x)
+    torch.testing.assert_close(graph(x), expected)
 
 
 @pytest.mark.parametrize('change', [

@@ -136,7 +136,7 @@ def find_norm_act_layer(norm_layer: LayerType, act_layer: LayerType, *channels: 
 
 def _takes(norm_act_layer: Type[nn.Module], channels: int) -> bool:
     try:
-        norm = norm_act_layer(channels, device='meta')
+        norm = norm_act_layer(channels)
     except ValueError:
         return False
     return channels % getattr(norm, 'groups', 1) == 0  # some of timm's look at them in forward alone

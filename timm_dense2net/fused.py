@@ -105,8 +105,10 @@ class ClampLinear(nn.Module):
         weight = weight * scale
         if norm_after is not None:
             weight, bias = _fold_norm(weight, bias, norm_after)
-        self.register_buffer('lo', lo.to(conv.weight.dtype))
-        self.register_buffer('hi', hi.to(conv.weight.dtype))
+        # Finite ones: an average of infinite ones, as of weights, would be no number.
+        limits = torch.finfo(conv.weight.dtype)
+        self.register_buffer('lo', lo.clamp(min=limits.min).to(conv.weight.dtype))
+        self.register_buffer('hi', hi.clamp(max=limits.max).to(conv.weight.dtype))
         self.linear = _as_linear(weight, bias, conv.weight)
         self.train(norm.training)
 
@@ -220,15 +222,12 @@ class FusedDenseBlock(nn.ModuleDict):
 
     @torch.jit.ignore
     def runs_in_place(self, x: torch.Tensor) -> bool:
-        """Whether nothing records what is done to x or to the weights, which are those of torch, not quantized ones."""
-        if is_recorded(x) or _is_trained(self):
+        """Whether nothing records what is done to x or to the weights, and the layers are those it is made with."""
+        if is_recorded(x) or _is_trained(self) or not all(map(_is_as_made, self.values())):
             return False
         # Of other channels the layers complain, as a buffer for all of them would not, and of another dtype.
         first = next(iter(self.values()))
-        return (
-            x.shape[1] == first.in_chs
-            and all(_is_torchs(m) for layer in self.values() for m in (layer.conv1.linear, layer.conv3))
-            and x.dtype == computing_dtype(x, first.conv1.linear.weight))
+        return x.shape[1] == first.in_chs and x.dtype == computing_dtype(x, first.conv1.linear.weight)
 
 
 class FusedDenseTransition(nn.Module):
@@ -256,6 +255,14 @@ class FusedDenseTransition(nn.Module):
     def _pool_and_mix(self, clamped: torch.Tensor) -> torch.Tensor:
         x = self.pool(clamped.permute(0, 3, 1, 2))
         return self.conv.linear(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+def _is_as_made(layer: nn.Module) -> bool:
+    """Whether a layer's matrices and hierarchy are those it is made with, of torch's weights, not quantized ones."""
+    return (
+        type(layer) is FusedDenseLayer and type(layer.conv1) is ClampLinear
+        and (not layer.has_hierarchy or type(layer.conv2) is FusedSplitHierarchyConv2d)
+        and _is_torchs(layer.conv1.linear) and _is_torchs(layer.conv3))
 
 
 def _is_torchs(module: nn.Module) -> bool:
@@ -287,7 +294,7 @@ class FusedFeatures(nn.Sequential):
         layers = iter(self)
         for layer in layers:
             # Asked of each block's own input, which has a gradient where the stem is trained.
-            if not (isinstance(layer, FusedDenseBlock) and layer.runs_in_place(x)):
+            if not (type(layer) is FusedDenseBlock and layer.runs_in_place(x)):
                 x = layer(x)
                 continue
             follower = next(layers, None)
@@ -296,5 +303,5 @@ class FusedFeatures(nn.Sequential):
                 x = follower(block_in_place(layer, x))
             else:
                 x = block_in_place(
-                    layer, x, follower.overwrite if isinstance(follower, FusedDenseTransition) else follower)
+                    layer, x, follower.overwrite if type(follower) is FusedDenseTransition else follower)
         return x

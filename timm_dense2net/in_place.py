@@ -29,7 +29,8 @@ NARROW_BYTES = 32
 @torch.jit.ignore
 def is_recorded(x: torch.Tensor) -> bool:
     """Whether operations on x are traced, differentiated or without memory, so that none may be in place."""
-    return is_transformed(x) or x.is_meta or (torch.is_grad_enabled() and x.requires_grad)
+    # Of other classes fake tensors have no memory.
+    return is_transformed(x) or x.is_meta or type(x) not in (torch.Tensor, nn.Parameter) or (torch.is_grad_enabled() and x.requires_grad)
 
 
 def computing_dtype(x: torch.Tensor, weight: torch.Tensor) -> torch.dtype:
@@ -185,7 +186,7 @@ def bounds_of(conv: nn.Module, dtype: torch.dtype) -> Tuple[torch.Tensor, Option
     lo, hi = conv.lo.to(dtype), conv.hi.to(dtype)
     # On a CPU a clamp of numbers of two bytes takes twice as long with both.
     saves = hi.device.type == 'cpu' and dtype.itemsize == 2
-    return lo, None if saves and hi.min() == float('inf') else hi
+    return lo, None if saves and hi.min() >= torch.finfo(dtype).max else hi
 
 
 def _weights_of(layer: nn.Module, dtype: torch.dtype, unfolds: bool) -> _Weights:

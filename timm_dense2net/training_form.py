@@ -66,8 +66,9 @@ def plain_form() -> Iterator[None]:
 @torch.jit.ignore
 def has_training_form(module: nn.Module, x: torch.Tensor) -> bool:
     """Whether a block or transition can run on x (N, C, H, W) in the training form: eagerly, on what that covers."""
-    # Autograd functions with buffers go neither under torch.func nor forward.
-    if not _enabled or is_transformed(x):
+    # Autograd functions with buffers go neither under torch.func nor forward, and are no graph for what records
+    # operations or copies what they change.
+    if not _enabled or is_transformed(x) or torch._C._len_torch_dispatch_stack() > 0:
         return False
     # Fake tensors, say, have none of the operations on statistics.
     if type(x) not in (torch.Tensor, nn.Parameter) or not (x.device.type == 'cpu' or runs_on_kernels(x)):
