@@ -251,6 +251,19 @@ def test_a_study_goes_on_with_what_it_was_begun_with(tmp_path):
             check_same_study(again, args, space)
 
 
+def test_a_mistake_begins_no_study(tmp_path, capsys):
+    argv = ['--study', 's', '--recipe', 'nano', '--hold-out', '1437', '--output', str(tmp_path)]
+    assert main(argv) == 1
+    assert '1437 images cannot be held out of 1437' in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_study_in_a_folder_of_any_name(tmp_path):
+    folder = tmp_path / 'a?b=c d'
+    argv = ['--study', 's', '--output', str(folder), *TRAIN_ARGS, '--trials', '1', '--epochs', '2']
+    assert main(argv) == 0
+    assert (folder / 's' / 'study.db').is_file() and (folder / 's' / 'trials.csv').is_file()
+
+
 def test_results_of_no_study(tmp_path, capsys):
     argv = ['--study', 's', '--recipe', 'nano', '--hold-out', '9', '--trials', '0', '--output', str(tmp_path)]
     assert main(argv) == 1

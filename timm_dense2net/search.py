@@ -31,6 +31,7 @@ try:
     import optuna
     from optuna.storages import RetryHeartbeatStaleTrialCallback
     from optuna.trial import Trial
+    from sqlalchemy import URL
 except ImportError as e:
     raise ImportError("the search needs Optuna: pip install -e '.[search]'") from e
 
@@ -207,14 +208,15 @@ def search(args: argparse.Namespace, train_args: argparse.Namespace, space: Sear
     folder = Path(train_args.output, args.study)
     if not args.trials and not args.storage and not (folder / 'study.db').exists():
         raise ValueError(f'--trials 0 writes what a study holds, and there is no study {args.study} in {folder.parent}')
-    folder.mkdir(parents=True, exist_ok=True)
-    url = args.storage or f'sqlite:///{folder / "study.db"}'
-    study = open_study(args.study, url, space, train_args.epochs, args.heartbeat)
-    check_same_study(study, train_args, space)
     # On its own, whatever started it: workers share the study and no trial.
     processes = Processes(find_device(train_args.device))
     data = build_data(train_args)
     teacher = build_distillation(train_args, data, processes.device)
+    # Made last, so that a mistake in the arguments leaves no study that holds it.
+    folder.mkdir(parents=True, exist_ok=True)
+    url = args.storage or URL.create('sqlite', database=str(folder / 'study.db')).render_as_string()
+    study = open_study(args.study, url, space, train_args.epochs, args.heartbeat)
+    check_same_study(study, train_args, space)
     Worker(study, train_args, space, folder, data, processes, teacher).run(args.trials)
     path = write_best(study, train_args, space, folder)
     write_trials(study, folder)
