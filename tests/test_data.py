@@ -114,13 +114,40 @@ def test_class_names_are_text(tmp_path):
         load_images(root, 'train')
 
 
-@pytest.mark.parametrize('subfolder, name', [('a', "'a'"), ('.', "''")])
-def test_one_class_is_not_enough(tmp_path, subfolder, name):
-    (tmp_path / 'train' / subfolder).mkdir(parents=True, exist_ok=True)
-    for i in range(3):
-        Image.new('RGB', (4, 4)).save(tmp_path / 'train' / subfolder / f'{i}.png')
-    with pytest.raises(ValueError, match=f'train: has one class only, {name}; there must be two or more'):
-        load_images(str(tmp_path), 'train')
+def test_one_class_is_not_enough(tmp_path):
+    root = write_folder(tmp_path, ('a',))
+    with pytest.raises(ValueError, match="train: has one class only, 'a'; there must be two or more"):
+        load_images(root, 'train')
+
+
+def test_an_image_lies_in_a_folder_of_its_class_alone(tmp_path):
+    root = write_folder(tmp_path)
+    stray = tmp_path / 'train' / 'stray.png'
+    Image.new('RGB', (12, 12)).save(stray)
+    with pytest.raises(ValueError, match=r'train.stray\.png: in no folder of a class'):
+        load_images(root, 'train')
+    (tmp_path / 'train' / 'dog' / 'cat').mkdir()
+    stray.rename(tmp_path / 'train' / 'dog' / 'cat' / '0.png')
+    with pytest.raises(ValueError, match=r'train.cat and .*dog.cat: two folders of one name'):
+        load_images(root, 'train')
+
+
+@pytest.mark.parametrize('suffix', ['bmp', 'gif', 'tif', 'webp', 'PNG'])
+def test_pictures_of_other_formats_are_taken(tmp_path, suffix):
+    root = write_folder(tmp_path, count=1)
+    Image.open(tmp_path / 'train' / 'cat' / '0.png').save(tmp_path / 'train' / 'cat' / f'1.{suffix}')
+    assert load_images(root, 'train').labels.tolist() == [0, 0, 1]
+
+
+def test_images_of_16_bits(tmp_path):
+    root = write_folder(tmp_path, count=1)
+    levels = np.linspace(0, 65535, 144, dtype=np.uint16).reshape(12, 12)
+    Image.fromarray(levels).save(tmp_path / 'train' / 'cat' / '0.png')
+    images = load_images(root, 'train').images
+    assert np.array_equal(images[0].numpy(), np.stack([levels >> 8] * 3))
+    Image.fromarray(levels.astype(np.float32)).save(tmp_path / 'train' / 'cat' / '1.tif')
+    with pytest.raises(ValueError, match=r'1\.tif\) cannot be decoded: levels of 32 bits'):
+        load_images(root, 'train')
 
 
 @pytest.mark.parametrize('name', ['validation', 'val', 'test'])
@@ -162,7 +189,7 @@ def test_missing_folders_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match='no folder for the test split, one of test, validation, val'):
         load_images(root, 'test')
     (tmp_path / 'val').mkdir()
-    with pytest.raises(FileNotFoundError, match='Found 0 images'):
+    with pytest.raises(FileNotFoundError, match='val: no image in it'):
         load_images(root, 'test')
     with pytest.raises(ValueError, match="'holdout'"):
         load_images(root, 'holdout')

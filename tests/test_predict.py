@@ -202,22 +202,22 @@ def test_unreadable_pictures_are_reported_and_counted_and_the_rest_goes_on(weigh
     bad.mkdir()
     (bad / 'text.png').write_text('no picture')
     (bad / 'empty.jpg').touch()
+    (bad / 'gone.png').symlink_to(bad / 'moved.png')
     (bad / 'torn.png').write_bytes(picture(tmp_path / 'whole.png', size=(200, 200)).read_bytes()[:5000])
     good = pictures / 'a' / '0.png'
     call = [
-        str(bad / 'text.png'), str(good), str(bad / 'empty.jpg'), str(bad / 'torn.png'), str(bad / 'none.png'),
-        str(pictures / 'b' / '5.png'), '--checkpoint', str(weights), '-b', '2', '--format', 'json']
+        str(good), str(bad), str(bad / 'none.png'), str(pictures / 'b' / '5.png'), '--checkpoint', str(weights), '-b', '2', '--format', 'json']
     assert main(call) == 1
     out, err = capsys.readouterr()
     for name, message in [
             ('text.png', 'not a picture'), ('empty.jpg', 'not a picture'), ('torn.png', 'cannot be read'),
-            ('none.png', 'No such file or directory')]:
+            ('none.png', 'No such file or directory'), ('gone.png', 'No such file or directory')]:
         assert f'error: {bad / name}: {message}' in err
-    assert '4 of 6 pictures could not be read' in err
+    assert '5 of 7 pictures could not be read' in err
     objects = json.loads(out)
     assert [Path(item['image']).name for item in objects if 'predictions' in item] == ['0.png', '5.png']
-    assert sum('error' in item for item in objects) == 4
-    top = objects[1]['predictions'][0]
+    assert sum('error' in item for item in objects) == 5
+    top = objects[0]['predictions'][0]
     name, probability = expected_top(weights, good, 1)[0]
     assert top['class'] == name and top['probability'] == pytest.approx(probability, abs=2e-5)
 
@@ -244,6 +244,8 @@ def test_a_name_that_is_not_utf_8(weights, tmp_path, capsys):
     assert r'\udcff.png' in capsys.readouterr().out
     assert main([*call, '--output', str(tmp_path / 'out.csv')]) == 0
     assert os.fsencode(tmp_path / name) in (tmp_path / 'out.csv').read_bytes()
+    assert main([*call, '--format', 'json', '--output', str(tmp_path / 'out.json')]) == 0
+    assert json.loads((tmp_path / 'out.json').read_text(encoding='utf-8'))[0]['image'] == str(tmp_path / name)
 
 
 def test_weights_without_class_names_give_numbers(tmp_path, pictures, capsys):
@@ -295,3 +297,13 @@ def test_pipes_and_exit_codes_hold_for_a_process(weights, pictures):
         input=listed, capture_output=True, text=True, env={**os.environ, 'PYTHONPATH': str(root)})
     assert done.returncode == 1 and len(done.stdout.splitlines()) == 11
     assert 'error: none.png: No such file or directory' in done.stderr and 'Traceback' not in done.stderr
+
+
+def test_a_reader_that_has_enough_is_no_fault(weights, pictures):
+    arguments = ['predict', *[str(pictures)] * 60, '--checkpoint', str(weights), '--format', 'csv']
+    with subprocess.Popen(
+            [sys.executable, '-m', 'timm_dense2net', *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            text=True, env={**os.environ, 'PYTHONPATH': str(Path(__file__).parents[1])}) as process:
+        process.stdout.close()
+        assert 'error' not in process.stderr.read()
+    assert process.returncode == 1

@@ -20,6 +20,7 @@ from .cifar import CIFAR100_MEAN, CIFAR100_STD
 from .errors import one_line
 from .images import ImageArrays, ImageReader, Images, dataset_stats
 from .names import is_utf8
+from .pictures import EXTENSIONS
 
 __all__ = ['check_images', 'check_splits_agree', 'load_images', 'open_dataset']
 
@@ -226,17 +227,32 @@ def _open_folder(root: str | None, split: str) -> Dataset:
     if found is None:
         raise FileNotFoundError(f'{root}: no folder for the {split} split, one of {", ".join(_SPLIT_NAMES[split])}.')
     folder = os.path.join(root, found)
+    how = dict(root=folder, search_split=False, input_key=';'.join(EXTENSIONS))
     try:
-        images = create_dataset('', root=folder, search_split=False)
-        names = list(images.reader.class_to_idx)
-        # timm orders names that differ only in case or in leading zeros in another way in each process.
-        ordered = sorted(names, key=lambda name: (natural_key(name), name))
-        if names != ordered:
-            class_map = {name: index for index, name in enumerate(ordered)}
-            images = create_dataset('', root=folder, search_split=False, class_map=class_map)
-        return images
+        images = create_dataset('', **how)
     except RuntimeError as error:
-        raise FileNotFoundError(str(error)) from error
+        raise FileNotFoundError(f'{folder}: no image in it or in the folders below it.') from error
+    _check_class_folders(folder, [file for file, _ in images.reader.samples])
+    names = list(images.reader.class_to_idx)
+    # timm orders names that differ only in case or in leading zeros in another way in each process.
+    ordered = sorted(names, key=lambda name: (natural_key(name), name))
+    if names != ordered:
+        images = create_dataset('', **how, class_map={name: index for index, name in enumerate(ordered)})
+    return images
+
+
+def _check_class_folders(folder: str, files: Sequence[str]) -> None:
+    # To timm the name of the folder that an image lies in is its class, at whatever depth.
+    folders: dict[str, str] = {}
+    for file in files:
+        place = os.path.dirname(file)
+        if place == folder:
+            raise ValueError(f'{file}: in no folder of a class; there must be one for each in {folder}.')
+        other = folders.setdefault(os.path.basename(place), place)
+        if other != place:
+            raise ValueError(
+                f'{other} and {place}: two folders of one name, whose images would be one class; put the images of a '
+                f'class in one folder, named like no other.')
 
 
 def _load_digits(split: str, img_size: int) -> ImageArrays:

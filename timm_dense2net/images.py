@@ -15,6 +15,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from .cifar import CIFAR100_CLASSES
+from .pictures import convert_mode
 from .rng import HOLD_OUT_STREAM, STATS_STREAM
 
 __all__ = ['PREPROCESSING', 'ImageArrays', 'ImageReader', 'Images', 'dataset_stats', 'hold_out_split']
@@ -134,11 +135,11 @@ class ImageReader(Dataset):
         in_files = isinstance(self.source, ImageDataset)
         try:
             if not in_files:
-                return self.source[index][0].convert('RGB')
+                return convert_mode(self.source[index][0], 'RGB')
             # Read past ImageDataset, which puts the next image in the place of one that cannot be decoded.
             stream = self.source.reader[index][0]
             with stream, Image.open(stream) as image:
-                return image.convert('RGB')
+                return convert_mode(image, 'RGB')
         except Exception as error:  # of all kinds where a header is damaged, or an image too large
             # The latter of an empty cell in a table.
             reason = 'not an image' if isinstance(error, (UnidentifiedImageError, TypeError)) else error

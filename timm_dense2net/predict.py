@@ -20,20 +20,17 @@ from typing import Any, NamedTuple
 
 import torch
 from PIL import Image, UnidentifiedImageError
-from timm.data import create_transform, get_img_extensions
+from timm.data import create_transform
 from tqdm import tqdm
 
 from .distributed import find_device
 from .files import output_file, write_text
 from .names import option
 from .packaged import BEST_PACKAGED
-from .pictures import read_picture
+from .pictures import EXTENSIONS, read_picture
 from .trained import TrainedModel, load_trained
 
 __all__ = ['Prediction', 'find_images', 'predict_images', 'main']
-
-# Looked for in folders: timm's extensions, and what else Pillow reads and cameras or browsers write.
-_EXTENSIONS = (*get_img_extensions(), '.bmp', '.gif', '.ppm', '.tif', '.tiff', '.webp')
 
 
 class Source(NamedTuple):
@@ -67,8 +64,10 @@ def find_images(arguments: Iterable[str], stdin: Callable[[], bytes] | None = No
         if argument == '-':
             yield from _from_stdin(stdin() if stdin else sys.stdin.buffer.read())
         elif os.path.isdir(argument):
+            # A link to a picture that is gone is one that cannot be read.
             found = sorted(
-                path for path in Path(argument).rglob('*') if path.suffix.lower() in _EXTENSIONS and path.is_file())
+                path for path in Path(argument).rglob('*')
+                if path.suffix.lower() in EXTENSIONS and (path.is_file() or not path.exists()))
             yield from (Source(str(path)) for path in found)
             if not found:
                 yield Source(argument, error='no picture in this folder')
@@ -193,7 +192,8 @@ def format_csv(predictions: Sequence[Prediction]) -> str:
 
 def format_json(predictions: Sequence[Prediction]) -> str:
     """A list of objects: image and either predictions or error."""
-    return json.dumps([_as_object(prediction) for prediction in predictions], indent=2, ensure_ascii=False) + '\n'
+    text = json.dumps([_as_object(prediction) for prediction in predictions], indent=2, ensure_ascii=False)
+    return _as_utf8(text) + '\n'  # a backslash and the rest is what JSON has for these, too
 
 
 def _as_object(prediction: Prediction) -> dict[str, Any]:
@@ -202,6 +202,11 @@ def _as_object(prediction: Prediction) -> dict[str, Any]:
     return dict(image=prediction.image, predictions=[
         {'class_index': index, 'class': name, 'probability': round(value, 6)}
         for index, name, value in prediction.classes])
+
+
+def _as_utf8(text: str) -> str:
+    # The names of files may be any bytes.
+    return text.encode('utf-8', 'backslashreplace').decode('utf-8')
 
 
 _FORMATS = dict(table=format_table, json=format_json, csv=format_csv)
@@ -241,12 +246,11 @@ def main(argv: list[str] | None = None) -> int:
         text = _FORMATS[args.format](predictions)
         if args.output:
             write_text(args.output, text)
-        else:
-            # The names of files may be any bytes.
-            sys.stdout.write(text.encode('utf-8', 'backslashreplace').decode('utf-8'))
     except (OSError, ValueError) as e:
         print(f'error: {e}', file=sys.stderr)
         return 2
+    if not args.output:
+        sys.stdout.write(_as_utf8(text))
     bad = [prediction for prediction in predictions if prediction.error is not None]
     for prediction in bad:
         print(f'error: {prediction.image}: {prediction.error}', file=sys.stderr)
