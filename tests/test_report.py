@@ -197,9 +197,10 @@ def test_bad_run_folders_are_reported_and_counted_and_the_rest_goes_on(tmp_path,
     lacking = make_run(tmp_path, 'lacking', test_top1=None)
     wrong = make_run(tmp_path, 'wrong', test_top1=7650)
     text = make_run(tmp_path, 'text', params='many')
+    mixed = make_run(tmp_path, 'mixed', recipe=['deck_s8'])
 
     begun, empty = tmp_path / 'begun', tmp_path / 'empty'
-    paths = [unfinished, begun, empty, tmp_path / 'nowhere', torn, bare, lacking, wrong, text, good]
+    paths = [unfinished, begun, empty, tmp_path / 'nowhere', torn, bare, lacking, wrong, text, mixed, good]
     assert main([*map(str, paths), '--results', str(tmp_path / 'results.csv')]) == 1
 
     out, err = capsys.readouterr()
@@ -211,12 +212,13 @@ def test_bad_run_folders_are_reported_and_counted_and_the_rest_goes_on(tmp_path,
             (tmp_path / 'nowhere', 'no such folder'),
             (torn, 'result.json or args.yaml cannot be read'),
             (bare, 'No such file or directory'),
-            (lacking, 'result.json: top1 not given'),
+            (lacking, 'result.json or args.yaml: top1 not given'),
             (wrong, 'top1 must be a percentage, got 7650'),
             (text, "params must be of type int, got 'many'"),
+            (mixed, 'result.json or args.yaml: '),
     ]:
         assert any(line.startswith(f'error: {path}: ') and message in line for line in err.splitlines())
-    assert '9 of 10 runs could not be read' in err
+    assert '10 of 11 runs could not be read' in err
     assert [result.run for result in read_results(tmp_path / 'results.csv')] == ['good']
 
 

@@ -312,7 +312,7 @@ def test_only_the_plateau_schedule_stops_early_unasked(tmp_path):
 def test_the_optimizers_own_arguments(tmp_path):
     trainer = make_trainer(tmp_path, '--opt', 'adamw', '--opt-eps', '1e-6', '--opt-betas', '0.8', '0.95')
     assert [(group['eps'], tuple(group['betas'])) for group in trainer.optimizer.param_groups] == [(1e-6, (0.8, 0.95))]
-    with pytest.raises(ValueError, match='--opt adamw: .*index out of range'):  # it takes two
+    with pytest.raises(ValueError, match='--opt adamw --opt-betas 0.8: .*index out of range'):  # it takes two
         make_trainer(tmp_path, '--opt', 'adamw', '--opt-betas', '0.8')
 
 

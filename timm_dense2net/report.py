@@ -285,15 +285,16 @@ def main(argv: list[str] | None = None) -> int:
             else:
                 results = read_results(args.results)
         rows = summarise(results)
-        if rows and not args.check:
-            print(markdown_table(rows))
-        if rows and args.output:
-            print(f'wrote {", ".join(str(args.output / name) for name in write_report(args.output, rows))}')
+        written = write_report(args.output, rows) if rows and args.output else []
         if args.readme:
             update_readme(args.readme, args.results, args.check)
     except (ValueError, OSError) as e:
         print(f'error: {e}', file=sys.stderr)
         return 1
+    if rows and not args.check:
+        print(markdown_table(rows))
+    if written:
+        print(f'wrote {", ".join(str(args.output / name) for name in written)}')
     if bad:
         print(f'{bad} of {len(args.runs)} runs could not be read', file=sys.stderr)
     return 1 if bad else 0

@@ -127,8 +127,8 @@ def read_run(run_dir: str | Path) -> RunResult:
         raise ValueError(f'result.json or {ARGS_FILE} is not a mapping')
     try:
         return RunResult.from_mapping(_flatten(run_dir.resolve().name, values, args))
-    except ValueError as e:
-        raise ValueError(f'result.json: {e}') from None
+    except (AttributeError, TypeError, ValueError) as e:
+        raise ValueError(f'result.json or {ARGS_FILE}: {e}') from None
 
 
 def _flatten(run: str, values: Mapping[str, Any], args: Mapping[str, Any]) -> dict[str, Any]:

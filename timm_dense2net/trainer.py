@@ -113,7 +113,8 @@ class Trainer:
         try:
             self.optimizer = create_optimizer_v2(model, **optimizer_kwargs(args), filter_bias_and_bn=False)
         except (AssertionError, IndexError, TypeError, ValueError) as e:
-            raise ValueError(f'--opt {args.opt}: {one_line(e)}') from e
+            betas = f' --opt-betas {" ".join(map(str, args.opt_betas))}' if args.opt_betas else ''
+            raise ValueError(f'--opt {args.opt}{betas}: {one_line(e)}') from e
         self.schedule, self.epochs = self._build_schedule()
         self.plateau = self._build_plateau()
         # Made before the model is wrapped, as in timm's train.py.
