@@ -206,7 +206,8 @@ def test_unreadable_pictures_are_reported_and_counted_and_the_rest_goes_on(weigh
     (bad / 'torn.png').write_bytes(picture(tmp_path / 'whole.png', size=(200, 200)).read_bytes()[:5000])
     good = pictures / 'a' / '0.png'
     call = [
-        str(good), str(bad), str(bad / 'none.png'), str(pictures / 'b' / '5.png'), '--checkpoint', str(weights), '-b', '2', '--format', 'json']
+        str(good), str(bad), str(bad / 'none.png'), str(pictures / 'b' / '5.png'), '--checkpoint', str(weights),
+        '-b', '2', '--format', 'json']
     assert main(call) == 1
     out, err = capsys.readouterr()
     for name, message in [

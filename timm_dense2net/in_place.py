@@ -30,7 +30,8 @@ NARROW_BYTES = 32
 def is_recorded(x: torch.Tensor) -> bool:
     """Whether operations on x are traced, differentiated or without memory, so that none may be in place."""
     # Of other classes fake tensors have no memory.
-    return is_transformed(x) or x.is_meta or type(x) not in (torch.Tensor, nn.Parameter) or (torch.is_grad_enabled() and x.requires_grad)
+    is_torchs = type(x) in (torch.Tensor, nn.Parameter)
+    return is_transformed(x) or x.is_meta or not is_torchs or (torch.is_grad_enabled() and x.requires_grad)
 
 
 def computing_dtype(x: torch.Tensor, weight: torch.Tensor) -> torch.dtype:
