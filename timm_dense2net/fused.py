@@ -20,7 +20,7 @@ import torch.nn.functional as F
 
 from timm.layers import BatchNormAct2d, FrozenBatchNormAct2d, SyncBatchNormAct
 
-from .hooks import has_hooks
+from .hooks import has_hooks, is_plain_tensor
 from .in_place import block_in_place, bounds_of, computing_dtype, in_groups, is_recorded, sees_whole_batch
 from .parts import image_parts
 
@@ -268,7 +268,7 @@ def _is_as_made(layer: nn.Module) -> bool:
 def _is_torchs(module: nn.Module) -> bool:
     # Some ways to quantize replace the layer, others its weight.
     return type(module) is nn.Identity or (
-        type(module) is nn.Linear and type(module.weight) in (nn.Parameter, torch.Tensor))
+        type(module) is nn.Linear and is_plain_tensor(module.weight))
 
 
 def _is_trained(module: nn.Module) -> bool:

@@ -6,7 +6,7 @@ import torch.nn as nn
 from torch.autograd import forward_ad
 from torch.nn.modules import module as torch_module
 
-__all__ = ['all_modules', 'has_hooks', 'has_own_hooks', 'is_transformed']
+__all__ = ['all_modules', 'has_hooks', 'has_own_hooks', 'is_plain_tensor', 'is_transformed']
 
 
 def all_modules(root: nn.Module) -> Iterator[nn.Module]:
@@ -34,6 +34,11 @@ def _has_global_hooks() -> bool:
     return bool(
         torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks
         or torch_module._global_backward_hooks or torch_module._global_backward_pre_hooks)
+
+
+def is_plain_tensor(x: torch.Tensor) -> bool:
+    """Whether x is of torch's own classes: others decide what an operation does, and fake tensors have no memory."""
+    return type(x) in (torch.Tensor, nn.Parameter)
 
 
 def is_transformed(x: torch.Tensor) -> bool:

@@ -15,7 +15,7 @@ import torch.nn as nn
 
 from timm.layers import DropPath
 
-from .hooks import all_modules, has_hooks, is_transformed
+from .hooks import all_modules, has_hooks, is_plain_tensor, is_transformed
 from .parts import image_parts
 
 # Images for each of torch's threads from which a group of them has a Python thread: these take turns in Python.
@@ -29,9 +29,8 @@ NARROW_BYTES = 32
 @torch.jit.ignore
 def is_recorded(x: torch.Tensor) -> bool:
     """Whether operations on x are traced, differentiated or without memory, so that none may be in place."""
-    # Of other classes fake tensors have no memory.
-    is_torchs = type(x) in (torch.Tensor, nn.Parameter)
-    return is_transformed(x) or x.is_meta or not is_torchs or (torch.is_grad_enabled() and x.requires_grad)
+    return (
+        is_transformed(x) or x.is_meta or not is_plain_tensor(x) or (torch.is_grad_enabled() and x.requires_grad))
 
 
 def computing_dtype(x: torch.Tensor, weight: torch.Tensor) -> torch.dtype:

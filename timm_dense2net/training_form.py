@@ -29,7 +29,7 @@ import torch.nn as nn
 from timm.layers import BatchNormAct2d
 
 from . import training_form_cpu
-from .hooks import has_hooks, is_transformed
+from .hooks import has_hooks, is_plain_tensor, is_transformed
 from .memory_pool import MemoryPool, pool_of
 from .training_buffers import AddFeatures, Buffers, Output, Statistics, runs_on_kernels
 
@@ -70,8 +70,7 @@ def has_training_form(module: nn.Module, x: torch.Tensor) -> bool:
     # operations or copies what they change.
     if not _enabled or is_transformed(x) or torch._C._len_torch_dispatch_stack() > 0:
         return False
-    # Fake tensors, say, have none of the operations on statistics.
-    if type(x) not in (torch.Tensor, nn.Parameter) or not (x.device.type == 'cpu' or runs_on_kernels(x)):
+    if not is_plain_tensor(x) or not (x.device.type == 'cpu' or runs_on_kernels(x)):
         return False
     if not module.training or x.numel() <= x.shape[1]:
         return False
