@@ -9,6 +9,17 @@ class Adapted(torch.nn.Conv2d):
         return super().forward(x) + 1.
 
 
+class Wrapped(torch.nn.Module):
+    """Half of what a layer gives."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x):
+        return self.layer(x) / 2
+
+
 def change_layers(model, change):
     """A change that the plain form takes and that forms which know the layers must not overlook."""
     block, transition = model.features.denseblock2, model.features.transition1
@@ -56,14 +67,6 @@ def change_layers(model, change):
     elif change == 'in_place_before_block':
         model.features.denseblock2 = torch.nn.Sequential(torch.nn.ReLU(inplace=True), block)
     elif change == 'wrapped':
-        class Wrapped(torch.nn.Module):
-            def __init__(self, layer):
-                super().__init__()
-                self.layer = layer
-
-            def forward(self, features):
-                return self.layer(features) / 2
-
         block.denselayer2 = Wrapped(layers[1])
     return model
 

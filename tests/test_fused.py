@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import timm_dense2net
-from changed_layers import CHANGES, change_layers
+from changed_layers import CHANGES, Wrapped, change_layers
 from timm_dense2net.dense2net import Dense2Net, DenseBlock, SplitHierarchyConv2d
 from timm_dense2net.fused import ClampLinear, FusedDenseBlock, norm_relu_as_clamp
 from timm_dense2net.in_place import bounds_of
@@ -497,15 +497,6 @@ def test_weights_of_other_kinds_are_left_to_the_layers():
     torch.testing.assert_close(fused(x).as_subclass(torch.Tensor), expected)
 
 
-class Doubled(torch.nn.Module):
-    def __init__(self, layer):
-        super().__init__()
-        self.layer = layer
-
-    def forward(self, x):
-        return 2 * self.layer(x)
-
-
 @pytest.mark.parametrize('scale, name', [
     (4, 'conv1'), (4, 'conv2'), (4, 'conv3'), (4, 'attn'), (4, ''), (None, 'conv1'), (None, 'conv2'), (None, '')])
 def test_layers_of_the_fused_net_may_be_replaced(name, scale):
@@ -513,9 +504,9 @@ def test_layers_of_the_fused_net_may_be_replaced(name, scale):
     block = fused.features.denseblock1
     before = fused(x)
     if name:
-        setattr(block.denselayer1, name, Doubled(getattr(block.denselayer1, name)))
+        setattr(block.denselayer1, name, Wrapped(getattr(block.denselayer1, name)))
     else:
-        block.denselayer1 = Doubled(block.denselayer1)
+        block.denselayer1 = Wrapped(block.denselayer1)
     expected = fused(x.clone().requires_grad_()).detach()  # by the layers, as autograd records them
     with torch.no_grad():
         torch.testing.assert_close(fused(x), expected)
