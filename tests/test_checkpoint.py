@@ -144,9 +144,9 @@ def test_names_without_the_prefixes_of_wrapped_models(tmp_path):
     assert load_weights(path)[0] == {'a': torch.ones(1)}
 
 
-@pytest.mark.parametrize('content', ['object', 'torn', 'archive'])
+@pytest.mark.parametrize('content', ['object', 'torn', 'archive', 'misnamed'])
 def test_torch_files_without_weights(tmp_path, content):
-    path = tmp_path / 'model.pth'
+    path = tmp_path / ('model.safetensors' if content == 'misnamed' else 'model.pth')
     torch.save(Path('somewhere') if content == 'object' else {'a': torch.ones(100)}, path)
     if content == 'torn':
         path.write_bytes(path.read_bytes()[:600])
@@ -154,7 +154,7 @@ def test_torch_files_without_weights(tmp_path, content):
         with zipfile.ZipFile(path, 'w') as archive:
             archive.writestr('notes.txt', 'no weights')
     for load in (load_weights, load_metadata):
-        with pytest.raises(ValueError, match='model.pth: no weights that torch reads'):
+        with pytest.raises(ValueError, match=f'{path.name}: no weights that torch reads'):
             load(path)
 
 

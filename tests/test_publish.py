@@ -339,10 +339,14 @@ def test_packaged_weights_that_a_run_starts_from_are_told(run):
     ('torch/emnist', 'torch/emnist', '--data-dir'),
     ('hfds/somebody/birds', 'birds', '--dataset'),
     ('/home/somebody/birds', 'birds', '--dataset'),
+    ('', 'data', '--dataset'),  # --data-dir /home/somebody/data
+    ('folder', 'data', '--dataset'),
+    ('.', 'somewhere', '--dataset'),
     ('digits', 'digits', None),
 ])
 def test_data_in_a_folder_is_told_without_its_place(run, monkeypatch, dataset, told, option):
-    monkeypatch.chdir(run.parent)
+    (run.parent / 'somewhere').mkdir()
+    monkeypatch.chdir(run.parent / 'somewhere')
     for name in ('cifar100', 'birds'):
         Path('somebody', name).mkdir(parents=True)
     args = yaml.safe_load((run / 'args.yaml').read_text())

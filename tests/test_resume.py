@@ -402,6 +402,13 @@ def test_a_run_goes_on_in_its_folder(tmp_path, capsys):
     assert run_here(['--resume', path.parent, '--output', tmp_path, '--experiment', 'run', '--epochs', '1']) == 0
 
 
+def test_an_optimizer_that_draws_resumes_exactly(tmp_path):
+    more = ['--opt', 'adahessian', '--drop', '0', '--epochs', '2']  # timm's, which draws from a generator of its own
+    assert run_here(arguments(tmp_path, *more, name='reference')) == 0
+    assert run_here(arguments(tmp_path, *more, '--epochs', '1')) == 0
+    assert_same_run(complete(tmp_path, *more), tmp_path / 'reference')
+
+
 @pytest.mark.parametrize('sched, amp_dtype', [('cosine', 'bfloat16'), ('none', 'float16')])
 def test_other_schedules_and_half_precision_resume_exactly(tmp_path, sched, amp_dtype):
     more = [

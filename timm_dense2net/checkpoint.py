@@ -254,7 +254,9 @@ def _torch_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
 def _explain_torch_errors(path: str | os.PathLike[str]) -> Iterator[None]:
     try:
         yield
-    except (AttributeError, EOFError, KeyError, RuntimeError, pickle.UnpicklingError) as e:
+    except (
+            AttributeError, EOFError, KeyError, RuntimeError, pickle.UnpicklingError,
+            safetensors.SafetensorError) as e:  # the last: timm goes by the name
         raise ValueError(f'{path}: no weights that torch reads with weights_only=True ({one_line(e)})') from e
 
 

@@ -22,7 +22,10 @@ from .images import ImageArrays, ImageReader, Images, dataset_stats
 from .names import is_utf8
 from .pictures import EXTENSIONS
 
-__all__ = ['check_images', 'check_splits_agree', 'load_images', 'open_dataset']
+__all__ = ['IN_DATA_DIR', 'check_images', 'check_splits_agree', 'load_images', 'open_dataset']
+
+# timm's names of the image folder that `data_dir` is.
+IN_DATA_DIR = ('', 'folder')
 
 # Classes, training images and test images of the data sets whose size is known, by the last part of their name.
 _KNOWN_SIZES = {'cifar10': (10, 50000, 10000), 'cifar100': (100, 50000, 10000)}
@@ -119,7 +122,7 @@ def open_dataset(
         return _open_hfds(dataset, split, data_dir, input_key, target_key)
     if prefix in ('hfids', 'tfds', 'wds') and name:
         raise ValueError(f'{dataset}: a streamed data set cannot be held in memory; use torch/, hfds/ or a folder.')
-    root = data_dir if dataset in ('', 'folder') else dataset
+    root = data_dir if dataset in IN_DATA_DIR else dataset
     return _open_folder(root, split)
 
 

@@ -1,11 +1,13 @@
 """What of a run's arguments may be given away with its weights: nothing of the machine that it was made on."""
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from .data import IN_DATA_DIR
 from .packaged import is_packaged
 from .recipe import recipe_name
 
@@ -46,8 +48,15 @@ def public_args(args: Mapping[str, Any], model: str) -> dict[str, Any]:
     public = {key: value for key, value in args.items() if not is_place(key, value)}
     return public | dict(
         model=model, model_kwargs=public_model_kwargs(args['model_kwargs']),
-        dataset=args['dataset'] if is_data_set_id(args['dataset']) else Path(args['dataset']).name,
-        recipe=recipe_name(args['recipe']))
+        dataset=_public_dataset(args['dataset'], args.get('data_dir') or ''), recipe=recipe_name(args['recipe']))
+
+
+def _public_dataset(dataset: str, data_dir: str) -> str:
+    """A public data set's name as it is, of a path the folder's own name."""
+    if is_data_set_id(dataset):
+        return dataset
+    folder = data_dir if dataset in IN_DATA_DIR else dataset.removeprefix('hfds/')
+    return Path(os.path.abspath(folder)).name
 
 
 def is_data_set_id(dataset: str) -> bool:

@@ -130,13 +130,12 @@ def load_checkpoint_model(
         if conversion is not None:
             reapply_conversion(model, conversion)
         model.load_state_dict(weights)
+        class_names = _names(json.loads(metadata.get('class_names', 'null')), model.num_classes)
     except (AssertionError, RuntimeError, TypeError) as e:
         why = one_line(e) if held is None or get_arch_name(held) == get_arch_name(name) else f'it is of {held}'
         raise ValueError(f'{path} does not fit {name}: {why}') from e
-    class_names = json.loads(metadata['class_names']) if 'class_names' in metadata else None
-    return TrainedModel(
-        str(path), model.eval(), resolve_input_data_config(model, weights_config(metadata)),
-        _names(class_names, model.num_classes), metadata)
+    data_config = resolve_input_data_config(model, weights_config(metadata))
+    return TrainedModel(str(path), model.eval(), data_config, class_names, metadata)
 
 
 def _create_for(

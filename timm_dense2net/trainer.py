@@ -184,6 +184,10 @@ class Trainer:
         return self.model if self.ema is None else self.ema.module
 
     @property
+    def _inner_optimizer(self) -> torch.optim.Optimizer:
+        return getattr(self.optimizer, '_base_optimizer', self.optimizer)  # of timm's Lookahead
+
+    @property
     def lr(self) -> float:
         """Mean learning rate of the parameter groups."""
         return sum(group['lr'] for group in self.optimizer.param_groups) / len(self.optimizer.param_groups)
@@ -439,6 +443,9 @@ class Trainer:
     def _process_state(self) -> dict[str, Any]:
         """What differs between processes: random states, metrics so far, running batch-norm statistics."""
         state = dict(rng=rng_state(self.device), figures=self.batch_metrics.cpu())
+        generator = getattr(self._inner_optimizer, 'generator', None)  # of timm's AdaHessian, on the CPU at first
+        if generator is not None and generator.device.type == self.device.type:
+            state['optimizer_rng'] = generator.get_state()
         if self.processes.distributed:
             state['model'] = {name: buffer.cpu() for name, buffer in self.model.named_buffers()}
             if self.ema is not None:
@@ -486,8 +493,7 @@ class Trainer:
 
     def _restore_memory_format(self) -> None:
         """Lays the optimizer's tensors out like their parameters again; files hold them contiguous."""
-        optimizer = getattr(self.optimizer, '_base_optimizer', self.optimizer)  # of timm's Lookahead
-        for parameter, values in optimizer.state.items():
+        for parameter, values in self._inner_optimizer.state.items():
             for key, value in values.items():
                 if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
                     values[key] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
@@ -502,6 +508,9 @@ class Trainer:
             return
         state = states[self.processes.rank]
         set_rng_state(state['rng'], self.device)
+        if 'optimizer_rng' in state:
+            self._inner_optimizer.generator = torch.Generator(self.device)
+            self._inner_optimizer.generator.set_state(state['optimizer_rng'])
         if self.batches_done:  # between epochs there are none, and their number may be another
             self.batch_metrics.copy_(state['figures'])
         for key, model in (('model', self.model), ('model_to_keep', self.model_to_keep)):
