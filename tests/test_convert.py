@@ -13,8 +13,9 @@ from timm.utils import reparameterize_model
 
 from timm_dense2net import SplitHierarchyConv2d
 from timm_dense2net.checkpoint import save_weights
-from timm_dense2net.convert import conversion_metadata, convert_res2net, load_converted, main, reapply_conversion
+from timm_dense2net.convert import conversion_metadata, convert_res2net, main, reapply_conversion
 from timm_dense2net.counts import count_macs, count_params
+from timm_dense2net.trained import load_trained
 
 # Parameters, MACs (M) at 224x224 before, which are those of timm's results tables, MACs after at scale 4, and how many
 # 3x3 convolutions are replaced and kept.
@@ -257,29 +258,13 @@ def test_weights_save_and_load_with_the_conversion(name, tmp_path):
     model = convert(name).eval()
     path = tmp_path / 'weights.safetensors'
     save_weights(path, model.state_dict(), conversion_metadata(model))
-    torch.manual_seed(9)
-    again = load_converted(timm.create_model(name, num_classes=5), path).eval()
+    again = load_trained(name, path).model
     assert again.res2net_conversion == json.loads(json.dumps(model.res2net_conversion))
     x = images(1, 3, 64, 64)
     with torch.no_grad():
         torch.testing.assert_close(again(x), model(x), rtol=0, atol=0)
     with pytest.raises(ValueError, match="has no convolution"):
-        load_converted(create('regnety_002'), path)
-    with pytest.raises(ValueError, match='does not fit'):
-        load_converted(timm.create_model(name, num_classes=6), path)
-
-
-def test_file_without_a_conversion(tmp_path):
-    model = create('resnet14t')
-    assert conversion_metadata(model) == {}
-    save_weights(tmp_path / 'plain.safetensors', model.state_dict(), conversion_metadata(model))
-    with pytest.raises(ValueError, match='records no conversion'):
-        load_converted(model, tmp_path / 'plain.safetensors')
-
-
-def test_record_survives_copying_of_the_model():
-    model = convert('resnet14t')
-    assert copy.deepcopy(model).res2net_conversion == model.res2net_conversion
+        load_trained('regnety_002', path)
 
 
 def test_refused_conversions_leave_the_model_as_it_was():

@@ -179,10 +179,10 @@ def server(tmp_path_factory):
     env = dict(
         os.environ, PYTHONPATH=f'{folder}{os.pathsep}{ROOT}', REFUSED=str(folder / 'refused'), OMP_NUM_THREADS='1',
         GRADIO_TEMP_DIR=str(folder / 'gradio'))
-    code = 'import sys; from timm_dense2net.demo import main; sys.exit(main(sys.argv[1:]))'
     with open(folder / 'log', 'w+') as log:
         process = subprocess.Popen(
-            [sys.executable, '-c', code, '--port', str(port)], env=env, cwd=folder, stdout=log, stderr=log)
+            [sys.executable, '-m', 'timm_dense2net', 'demo', '--port', str(port)], env=env, cwd=folder, stdout=log,
+            stderr=log)
         try:
             for _ in range(240):
                 with contextlib.suppress(OSError), socket.create_connection(('127.0.0.1', port), 1):

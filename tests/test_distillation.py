@@ -6,6 +6,7 @@ import pytest
 import timm
 import torch
 import torch.nn as nn
+from timm.loss import LabelSmoothingCrossEntropy
 from timm.task import LogitDistillationTask
 from training_runs import arguments, assert_same_run, finish, run_here, start
 
@@ -14,7 +15,7 @@ from timm_dense2net.checkpoint import load_weights, save_weights
 from timm_dense2net.cifar import CIFAR100_CLASSES
 from timm_dense2net.dense2net import SplitHierarchyConv2d
 from timm_dense2net.distillation import Distillation, loss_weights
-from timm_dense2net.engine import TrainLoss, TrainStep
+from timm_dense2net.engine import TrainStep
 from timm_dense2net.fused import FusedFeatures
 from timm_dense2net.options import parse_args
 from timm_dense2net.start import pretrained_overlay
@@ -33,7 +34,7 @@ def test_loss_is_that_of_timms_task(teacher_stats, distill, task):
     torch.manual_seed(0)
     student, teacher = small_resnet(*STATS), small_resnet(*teacher_stats)
     images, targets = torch.randn(6, 3, 16, 16), torch.randint(10, (6,))
-    criterion = TrainLoss(0.1)
+    criterion = LabelSmoothingCrossEntropy(0.1)
     reference = LogitDistillationTask(
         student, teacher, criterion, distill_loss_weight=distill, task_loss_weight=task, temperature=3., verbose=False)
     expected = reference(images, targets)['loss']

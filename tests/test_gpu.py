@@ -10,7 +10,7 @@ from training_runs import arguments, read_summary_rows, run_here
 from timm_dense2net import training_form
 from timm_dense2net.augment import AugmentConfig
 from timm_dense2net.dense2net import Dense2Net
-from timm_dense2net.engine import TrainLoss, TrainStep
+from timm_dense2net.engine import TrainStep
 from timm_dense2net.fused import FusedDenseBlock
 from timm_dense2net.images import ImageArrays
 from timm_dense2net.loader import BatchLoader
@@ -29,8 +29,8 @@ def train(cuda_graph, compiles=False):
     model = create().train().to(DEVICE)
     if compiles:
         model.compile_layers()
-    step = TrainStep(
-        model, TrainLoss(), torch.optim.SGD(model.parameters(), 0.01, momentum=0.9), cuda_graph=cuda_graph)
+    optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9)
+    step = TrainStep(model, torch.nn.CrossEntropyLoss(), optimizer, cuda_graph=cuda_graph)
     figures = []
     for index in range(12):
         x = images(8, 3, 32, 32)[:8 - index // 6 * 2] * (1 + index / 10)

@@ -155,21 +155,25 @@ def test_files_folders_and_patterns_are_found_in_order(pictures):
     assert names(str(bracket)) == [('odd[1].png', None)]
 
 
-def test_standard_input_is_a_picture_or_a_list_of_paths(weights, pictures):
+def test_standard_input_is_a_picture_or_a_list_of_paths(weights, pictures, monkeypatch):
+    def find(data):
+        monkeypatch.setattr(sys, 'stdin', io.TextIOWrapper(io.BytesIO(data)))
+        return list(find_images(['-']))
+
     path = pictures / 'a' / '0.png'
-    listed = list(find_images(['-'], stdin=lambda: f'{path}\n\n{pictures}/b/4.png\n'.encode()))
+    listed = find(f'{path}\n\n{pictures}/b/4.png\n'.encode())
     assert listed == [Source(str(path)), Source(f'{pictures}/b/4.png')]
-    assert list(find_images(['-'], stdin=lambda: b' \n')) == [Source('-', error='standard input is empty')]
-    assert list(find_images(['-'], stdin=lambda: b' a b.png \r\n')) == [Source(' a b.png ')]
-    assert list(find_images(['-'], stdin=lambda: b'P5 scans/1.png\n')) == [Source('P5 scans/1.png')]
+    assert find(b' \n') == [Source('-', error='standard input is empty')]
+    assert find(b' a b.png \r\n') == [Source(' a b.png ')]
+    assert find(b'P5 scans/1.png\n') == [Source('P5 scans/1.png')]
     plain = b'P3 1 1 255 9 9 9\n'  # a picture in ASCII
     torn = io.BytesIO()
     Image.open(path).save(torn, 'WEBP')
     for data in (plain, b'\xff\xff', torn.getvalue()[:100]):
-        assert list(find_images(['-'], stdin=lambda: data)) == [Source('-', data)]
+        assert find(data) == [Source('-', data)]
 
     trained = load_trained(checkpoint=weights)
-    piped = list(predict_images(trained, list(find_images(['-'], stdin=path.read_bytes))))
+    piped = list(predict_images(trained, find(path.read_bytes())))
     direct = list(predict_images(trained, [Source(str(path))]))
     assert piped[0].image == '-' and piped[0].classes == direct[0].classes
 
@@ -290,11 +294,11 @@ def test_the_default_is_a_packaged_model(pictures, capsys):
 
 
 def test_pipes_and_exit_codes_hold_for_a_process(weights, pictures):
-    code = 'import sys; from timm_dense2net.predict import main; sys.exit(main())'
     root = Path(__file__).parents[1]
     listed = '\n'.join(map(str, sorted(pictures.rglob('*.png')))) + '\nnone.png\n'
     done = subprocess.run(
-        [sys.executable, '-c', code, '-', '--checkpoint', str(weights), '--format', 'csv', '--topk', '1'],
+        [sys.executable, '-m', 'timm_dense2net', 'predict', '-', '--checkpoint', str(weights), '--format', 'csv',
+         '--topk', '1'],
         input=listed, capture_output=True, text=True, env={**os.environ, 'PYTHONPATH': str(root)})
     assert done.returncode == 1 and len(done.stdout.splitlines()) == 11
     assert 'error: none.png: No such file or directory' in done.stderr and 'Traceback' not in done.stderr

@@ -164,7 +164,7 @@ def test_missing_logger_is_said_at_the_start(monkeypatch, capsys, package, flag)
 
 
 def test_names_are_those_of_timm():
-    """Flags of timm's train.py (1.0.31) that mean here what they mean there."""
+    """Flags of timm's train.py (1.0.31)."""
     flags = {option for action in build_parser()._actions for option in action.option_strings}
     assert flags >= {
         '--model', '--model-kwargs', '--dataset', '-d', '--data-dir', '--dataset-download', '--num-classes',

@@ -42,8 +42,9 @@ TRAIN_ARGS = (
 
 
 def command(output, *args):
-    code = 'import sys; from timm_dense2net.search import main; sys.exit(main())'
-    return [sys.executable, '-c', code, '--study', 'study', '--output', str(output), *TRAIN_ARGS, *args]
+    return [
+        sys.executable, '-m', 'timm_dense2net', 'search', '--study', 'study', '--output', str(output), *TRAIN_ARGS,
+        *args]
 
 
 @pytest.fixture

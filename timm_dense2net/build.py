@@ -142,7 +142,7 @@ def build_model(
     check_model_or_source(args.model)
     start = (args.initial_checkpoint or args.pretrained_path) if with_weights else None
     if start:
-        conversion = _conversion_of(start, args.res2net_scale)
+        conversion = _conversion_at_start(start, args.res2net_scale)
     if with_weights and args.freeze_stages and args.res2net_scale and conversion is None:
         raise ValueError(
             '--freeze-stages keeps weights as they are, and the layers that --res2net-scale makes have random ones:'
@@ -167,7 +167,7 @@ def build_model(
     return convert_sync_batchnorm(model) if args.sync_bn else model
 
 
-def _conversion_of(start: str, scale: int | None) -> dict[str, Any] | None:
+def _conversion_at_start(start: str, scale: int | None) -> dict[str, Any] | None:
     """What was converted in the model that a run's first weights are of, which has to be as the run asks for."""
     conversion = conversion_in(load_metadata(start_file(start)))
     if conversion is not None and conversion['scale'] != scale:

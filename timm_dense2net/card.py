@@ -144,16 +144,12 @@ def _is_in(trained: TrainedModel, *modules: str) -> bool:
     return is_model_in_modules(trained.model.pretrained_cfg['architecture'], list(modules))
 
 
-def _conversion(trained: TrainedModel) -> Mapping[str, Any] | None:
-    return getattr(trained.model, 'res2net_conversion', None)
-
-
 def _needs_package(trained: TrainedModel) -> bool:
-    return _is_in(trained, 'dense2net', 'resnet_cifar') or _conversion(trained) is not None
+    return _is_in(trained, 'dense2net', 'resnet_cifar') or trained.conversion is not None
 
 
 def _architecture(trained: TrainedModel) -> str:
-    conversion = _conversion(trained)
+    conversion = trained.conversion
     name = f'`{trained.metadata["model"]}`'
     if conversion is None:
         return name
@@ -163,7 +159,7 @@ def _architecture(trained: TrainedModel) -> str:
 def _citation(trained: TrainedModel) -> str:
     """Of what the model has from this package: other timm models are described where timm is."""
     is_dense2net = _is_in(trained, 'dense2net')
-    has_hierarchy = is_dense2net or _conversion(trained) is not None or 'res2ne' in trained.metadata['model']
+    has_hierarchy = is_dense2net or trained.conversion is not None or 'res2ne' in trained.metadata['model']
     works = (_DENSE2NET if is_dense2net else '') + (_RES2NET if has_hierarchy else '')
     return f'\n## Citation\n\n```bibtex\n{works}```\n' if works else ''
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import os
 import sys
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
@@ -19,15 +18,12 @@ from timm.layers import create_conv2d, get_device_dtype
 from timm.models import build_model_with_cfg, is_model, model_entrypoint, register_model
 from timm.models.res2net import Bottle2neck
 
-from .checkpoint import load_weights
 from .counts import count_macs, count_params
 from .dense2net import SplitHierarchyConv2d, find_norm_act_layer
 from .errors import one_line
 from .names import check_model_name, layer_names
 
-__all__ = [
-    'convert_res2net', 'reapply_conversion', 'conversion_metadata', 'conversion_in', 'load_converted', 'METADATA_KEY',
-]
+__all__ = ['convert_res2net', 'reapply_conversion', 'conversion_metadata', 'conversion_in', 'METADATA_KEY']
 
 _logger = logging.getLogger(__name__)
 
@@ -211,32 +207,6 @@ def conversion_metadata(model: nn.Module) -> dict[str, str]:
 def conversion_in(metadata: Mapping[str, str]) -> dict[str, Any] | None:
     """The conversion that `conversion_metadata` recorded; None where metadata hold none."""
     return json.loads(metadata[METADATA_KEY]) if METADATA_KEY in metadata else None
-
-
-def load_converted(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
-    """Reapplies the conversion that a file of weights records and loads the weights.
-
-    Args:
-        model: A model made as the one that was converted.
-        path: safetensors file, saved with `conversion_metadata` among its metadata.
-
-    Returns:
-        The model itself.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If the file is not safetensors, records no conversion, or does not fit the model.
-    """
-    weights, metadata = load_weights(path)
-    conversion = conversion_in(metadata)
-    if conversion is None:
-        raise ValueError(f'{path} records no conversion: load its weights as they are')
-    reapply_conversion(model, conversion)
-    try:
-        model.load_state_dict(weights)
-    except RuntimeError as e:
-        raise ValueError(f'{path} does not fit {type(model).__name__}: {one_line(e)}') from e
-    return model
 
 
 @register_model

@@ -86,14 +86,6 @@ class Processes:
         dist.all_reduce(total)
         return total
 
-    def max(self, value: int) -> int:
-        """The largest of every process's whole numbers."""
-        if not self.distributed:
-            return value
-        tensor = torch.tensor(value, device=self.device)
-        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
-        return int(tensor)
-
 
 def _agree_on_prefix(store: dist.Store, rank: int, world_size: int) -> str:
     """A name that the processes of this start share and no earlier start of them has used.

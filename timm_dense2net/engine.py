@@ -7,35 +7,16 @@ from contextlib import nullcontext
 
 import torch
 import torch.nn as nn
-from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.models import model_parameters
 from timm.utils import NativeScaler, accuracy, dispatch_clip_grad
 
 from .cuda_graph import CapturedPass
 from .distillation import Distillation
 
-__all__ = ['Batch', 'TrainLoss', 'TrainStep', 'autocast_factory', 'evaluate', 'predict', 'top_accuracies']
+__all__ = ['Batch', 'TrainStep', 'autocast_factory', 'evaluate', 'predict', 'top_accuracies']
 
 # Normalised images (B, C, H, W), and class indices (B,) or class weights (B, number of classes).
 Batch = tuple[torch.Tensor, torch.Tensor]
-
-
-class TrainLoss(nn.Module):
-    """Cross entropy in float32 by timm's losses: soft targets as they are, class indices with label smoothing.
-
-    Args:
-        smoothing: Label smoothing, in [0, 1).
-    """
-
-    def __init__(self, smoothing: float = 0.):
-        super().__init__()
-        self.soft = SoftTargetCrossEntropy()
-        self.hard = LabelSmoothingCrossEntropy(smoothing) if smoothing else nn.CrossEntropyLoss()
-
-    def forward(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """Mean loss of (B, C) logits for (B, C) class weights or (B,) class indices."""
-        loss_fn = self.soft if targets.is_floating_point() else self.hard
-        return loss_fn(logits.float(), targets)
 
 
 class TrainStep:
@@ -43,7 +24,7 @@ class TrainStep:
 
     Args:
         model: The model, wrapped and compiled as it is to be trained.
-        loss_fn: Mean loss of logits and targets.
+        loss_fn: Mean loss of float32 logits and targets.
         optimizer: The optimizer.
         autocast: Makes the context of the forward pass.
         scaler: Gradient scaler, for float16.
@@ -112,7 +93,7 @@ class TrainStep:
         """Adds the gradient of one of some batches; returns its mean loss and number of right answers, (2,)."""
         with self.autocast():
             logits = self.model(images)
-        loss = self.loss_fn(logits, targets)
+        loss = self.loss_fn(logits.float(), targets)
         if self.distillation is not None:
             loss = self.distillation(loss, logits, images)
         if self.scaler is None:

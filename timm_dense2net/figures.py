@@ -28,17 +28,14 @@ def has_matplotlib() -> bool:
 
 
 def new_figure(width: float, height: float) -> Figure | None:
-    """A figure of `width` x `height` inches on the Agg canvas, or None (one warning) where matplotlib is missing.
+    """A figure of `width` x `height` inches, or None (one warning) where matplotlib is missing.
 
     pyplot and its global backend are left alone, so a notebook or a GUI around the trainer is not disturbed.
     """
     if not has_matplotlib():
         return None
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
-    figure = Figure(figsize=(width, height), layout='constrained')
-    FigureCanvasAgg(figure)
-    return figure
+    return Figure(figsize=(width, height), layout='constrained')
 
 
 def plain_text(text: str) -> str:

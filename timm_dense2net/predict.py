@@ -53,16 +53,16 @@ class Prediction(NamedTuple):
     error: str | None = None
 
 
-def find_images(arguments: Iterable[str], stdin: Callable[[], bytes] | None = None) -> Iterator[Source]:
+def find_images(arguments: Iterable[str]) -> Iterator[Source]:
     """Finds the pictures that arguments name, in their order; a folder's in alphabetical order.
 
     Args:
-        arguments: Files, folders (searched with all folders below), glob patterns (`**` for any depth), or `-`.
-        stdin: Reads what `-` stands for: one picture, or paths in UTF-8, one a line.
+        arguments: Files, folders (searched with all folders below), glob patterns (`**` for any depth), or `-` for
+            what stands on standard input: one picture, or paths in UTF-8, one a line.
     """
     for argument in arguments:
         if argument == '-':
-            yield from _from_stdin(stdin() if stdin else sys.stdin.buffer.read())
+            yield from _from_stdin(sys.stdin.buffer.read())
         elif os.path.isdir(argument):
             # A link to a picture that is gone is one that cannot be read.
             found = sorted(

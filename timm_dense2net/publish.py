@@ -98,20 +98,16 @@ def _save_model(folder: Path, result: RunResult, trained: TrainedModel) -> None:
     model_config = dict(label_names=list(trained.class_names)) if trained.class_names else {}
     # The tag that the model has by default is that of other weights.
     model_config['pretrained_cfg'] = dict(tag=result.tag)
-    conversion, model_args = _conversion_of(trained), None
-    if conversion is not None:
+    model_args = None
+    if trained.conversion is not None:
         model_config['pretrained_cfg']['architecture'] = 'res2net_converted'
-        model_args = dict(base=trained.model.pretrained_cfg['architecture'], conversion=conversion)
+        model_args = dict(base=trained.model.pretrained_cfg['architecture'], conversion=trained.conversion)
     save_for_hf(
         trained.model, str(folder), safe_serialization=True, data_config=trained.data_config,
         model_config=model_config, model_args=model_args)
     config = json.loads((folder / 'config.json').read_text(encoding='utf-8'))
     config[DIGEST_KEY] = sha256_of(folder / WEIGHTS_FILE)
     (folder / 'config.json').write_text(json.dumps(config, indent=2) + '\n', encoding='utf-8')
-
-
-def _conversion_of(trained: TrainedModel) -> dict[str, Any] | None:
-    return getattr(trained.model, 'res2net_conversion', None)
 
 
 def _recipe(args: Mapping[str, Any], trained: TrainedModel) -> dict[str, Any]:
@@ -122,10 +118,9 @@ def _recipe(args: Mapping[str, Any], trained: TrainedModel) -> dict[str, Any]:
     recipe['dataset'] = hub_dataset(trained.metadata.get('dataset', public['dataset']))
     if is_place('model', args['model']):
         # The architecture's name stands for other weights, or none, and what is special in it was told by the folder.
-        conversion = _conversion_of(trained)
         recipe['pretrained'] = False
         recipe['model_kwargs'] = json.loads(trained.metadata.get('model_args', '{}'))
-        recipe['res2net_scale'] = conversion['scale'] if conversion is not None else None
+        recipe['res2net_scale'] = trained.conversion['scale'] if trained.conversion is not None else None
     elif args['model'].startswith('hf-hub:'):
         recipe['model'] = args['model']
     return recipe

@@ -47,6 +47,11 @@ class TrainedModel:
     class_names: tuple[str, ...] | None
     metadata: Mapping[str, str]
 
+    @property
+    def conversion(self) -> Mapping[str, Any] | None:
+        """What `convert.convert_res2net` recorded of it; None where it is as timm makes it."""
+        return getattr(self.model, 'res2net_conversion', None)
+
     def class_name(self, index: int) -> str:
         """Name of a class, by its number where names are not known."""
         return self.class_names[index] if self.class_names else f'class {index}'

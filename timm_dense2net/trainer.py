@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn as nn
+from timm.loss import create_classification_loss
 from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from timm.scheduler.scheduler import Scheduler
@@ -30,7 +31,7 @@ from .checkpoint import first_not_finite, load_metadata, save_state, save_weight
 from .convert import METADATA_KEY
 from .distillation import Distillation
 from .distributed import Processes
-from .engine import TrainLoss, TrainStep, autocast_factory, evaluate
+from .engine import TrainStep, autocast_factory, evaluate
 from .errors import one_line
 from .interrupt import Interrupted, StopSignal
 from .loader import BatchLoader
@@ -126,9 +127,10 @@ class Trainer:
                 raise ValueError(f'--torchcompile-layers: {args.model} has no compile_layers, Dense2Net has')
             self._check_first_order('--torchcompile-layers')
             model.compile_layers()
+        loss_fn = create_classification_loss(smoothing=args.smoothing, soft_targets=self.train_loader.config.mixes)
         self.step = TrainStep(
-            self._compile(self._distribute(model)), TrainLoss(args.smoothing), self.optimizer, self.autocast,
-            self.scaler, args.clip_grad, args.clip_mode, self.distillation, self._captures())
+            self._compile(self._distribute(model)), loss_fn, self.optimizer, self.autocast, self.scaler,
+            args.clip_grad, args.clip_mode, self.distillation, self._captures())
 
     def _captures(self) -> bool:
         if not self.args.cuda_graph or self.device.type != 'cuda':
@@ -319,7 +321,7 @@ class Trainer:
 
     def _stop_if_asked(self) -> None:
         # All must stop at the same step, whichever of them the signal reached.
-        signum = self.processes.max(self.stop.signum)
+        signum = max(self.processes.gather(self.stop.signum))
         if signum:
             raise Interrupted(signum)
 
