@@ -2,7 +2,7 @@
 """Trains a timm model on CIFAR-100, CIFAR-10, digits or any timm data set.
 
     python train_cifar.py --recipe deck_dense2net --data-dir data --dataset-download
-    python train_cifar.py --recipe nano                                nothing to download, about a minute on a CPU
+    python train_cifar.py --recipe nano                                nothing to download, one to two minutes on a CPU
     torchrun --nproc-per-node 4 train_cifar.py --recipe strong -b 32 --data-dir data    one machine, four devices
     python train_cifar.py --resume output/RUN                          go on where a run ended
     python train_cifar.py --eval-only --checkpoint output/RUN --data-dir data     test a run's last weights on CIFAR-100
@@ -16,6 +16,7 @@ import signal
 import sys
 from contextlib import closing, nullcontext
 
+import torch
 from timm.utils import setup_default_logging
 
 from timm_dense2net.build import build_data, build_loader, build_trained, build_trainer
@@ -72,6 +73,8 @@ def main(argv: list[str] | None = None) -> int:
         with start_processes(args.device) as processes:
             if not processes.primary:
                 logging.getLogger().setLevel(logging.ERROR)
+            if processes.device.type == 'cuda':
+                torch.backends.cuda.matmul.allow_tf32 = True  # as in timm's train.py; cuDNN's convolutions may anyway
             job = evaluate_only if args.eval_only else train
             try:
                 job(args, processes)

@@ -6,9 +6,11 @@ import json
 import os
 import pickle
 import shutil
+import signal
 import subprocess
 import sys
 import threading
+from multiprocessing import active_children
 from types import SimpleNamespace
 
 import numpy as np
@@ -702,6 +704,33 @@ def test_broken_image_read_from_disk_is_named_in_one_line(tmp_path, num_workers)
     loader = make_loader(load_images(root, 'train', memory_limit=1), 6, num_workers=num_workers)
     with pytest.raises(ValueError, match=r'image 5 \(.*dog.2\.png\) cannot be decoded: not an image') as error:
         next(loader.epoch(0))
+    assert '\n' not in str(error.value)
+
+
+def begin_with_workers(root, count):
+    """Images, the batches of an epoch without the first, and the processes that read them."""
+    reader = load_images(write_folder(root, count=40), 'train', memory_limit=1)
+    others = {process.pid for process in active_children()}
+    batches = make_loader(reader, 4, train=False, num_workers=count).epoch(0)
+    next(batches)
+    workers = [process.pid for process in active_children() if process.pid not in others]
+    assert len(workers) == count
+    return reader, batches, workers
+
+
+def test_signals_are_left_to_the_process_that_trains(tmp_path):
+    reader, batches, workers = begin_with_workers(tmp_path, 2)
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        for worker in workers:
+            os.kill(worker, signum)
+    assert len(list(batches)) == len(reader) // 4 - 1
+
+
+def test_a_lost_worker_is_one_message(tmp_path):
+    _, batches, workers = begin_with_workers(tmp_path, 1)
+    os.kill(workers[0], signal.SIGKILL)
+    with pytest.raises(ChildProcessError, match=r'DataLoader worker .*Fewer --workers') as error:
+        list(batches)
     assert '\n' not in str(error.value)
 
 

@@ -20,10 +20,10 @@ pytestmark = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reaso
 UNDIVIDED = ['--model-kwargs', 'norm_layer=groupnorm1', '--drop', '0', '--epochs', '1', '--lr', '0.01']
 
 
-def torchrun(argv, max_restarts=0):
+def torchrun(argv, max_restarts=0, script=TRAIN_SCRIPT):
     command = [
         sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2', '--max-restarts',
-        str(max_restarts), '--monitor-interval', '0.1', str(TRAIN_SCRIPT), *map(str, argv)]
+        str(max_restarts), '--monitor-interval', '0.1', str(script), *map(str, argv)]
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get('PYTHONPATH')]))
     environment = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': path}
     return subprocess.Popen(
@@ -121,6 +121,40 @@ def test_signal_to_all_is_agreed_on(tmp_path):
     assert process.returncode != 0 and 'SIGTERM: the state is saved' in output
     state = read_state(tmp_path / 'run')
     assert state['position']['updates'] > 0 and len(state['processes']) == 2
+
+
+LOSS_OF_ONE_BREAKS = '''
+import math
+import sys
+
+import train_cifar
+from timm_dense2net.engine import TrainStep
+
+step = TrainStep.__call__
+
+
+def broken(self, batches):
+    figures = step(self, batches)
+    return figures * math.nan if train_cifar.started.rank == 1 else figures
+
+
+def start(device):
+    train_cifar.started = start_processes(device)
+    return train_cifar.started
+
+
+start_processes, train_cifar.start_processes = train_cifar.start_processes, start
+TrainStep.__call__ = broken
+sys.exit(train_cifar.main())
+'''
+
+
+def test_what_one_process_alone_sees_ends_all(tmp_path):
+    script = tmp_path / 'broken.py'
+    script.write_text(LOSS_OF_ONE_BREAKS)
+    told = completed(torchrun(arguments(tmp_path, '-b', '64', '--log-interval', '1'), script=script), code=1)
+    assert told.count('error: the loss is nan at epoch 1, step 1 of') == 1, told
+    assert 'peer' not in told and 'broken.py", line' not in told, told
 
 
 def test_running_statistics_are_averaged(two_processes):

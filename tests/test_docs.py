@@ -67,7 +67,7 @@ PYTHON_VALUES = [
     ("'hfds/uoft-cs/cifar100'", "'digits'"),
     ("device='cuda'", "device='cpu'"),
     ('range(300)', 'range(1)'),
-    ("timm.create_model('resnet50')", "timm.create_model('resnet18')"),
+    ("'resnet50'", "'resnet18'"),
     ("'--recipe', 'nano', '--experiment', 'mine'", f"*{SMALL}, '--experiment', 'mine'"),
     ("'hf-hub:OWNER/NAME'", "'local-dir:output/RUN/hub'"),
     ("hf_hub_id='OWNER/NAME'", "file='output/RUN/hub/model.safetensors', num_classes=10"),

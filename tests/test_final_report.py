@@ -221,6 +221,14 @@ def test_curves_are_drawn_after_every_epoch(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ['curves.png', 'summary.csv']
 
 
+def test_curves_of_a_run_whose_name_is_not_utf8(tmp_path):
+    pytest.importorskip('matplotlib')
+    run = tmp_path / os.fsdecode(b'caf\xe9 $1')
+    run.mkdir()
+    write_summary(run)
+    assert update_curves(run).is_file()
+
+
 def test_curves_draw_every_known_column_and_annotate_best_and_last(tmp_path, monkeypatch):
     pytest.importorskip('matplotlib')
     drawn = []

@@ -251,6 +251,14 @@ def test_write_that_fails_loses_nothing(tmp_path, reference):
     assert_same_run(complete(tmp_path), reference)
 
 
+def test_a_first_write_that_fails_names_nothing_to_go_on_from(tmp_path):
+    process = start(arguments(tmp_path), tmp_path / 'log', _limit_files)
+    assert finish(process) == 1
+    log = (tmp_path / 'log').read_text()
+    assert 'File too large; nothing is trained yet' in log and 'Traceback' not in log
+    complete(tmp_path)
+
+
 def test_read_only_folder_is_one_message(tmp_path):
     with tempfile.TemporaryDirectory() as folder:
         os.chmod(folder, 0o555)
@@ -386,9 +394,10 @@ def test_a_summary_that_was_altered_is_named_before_training(tmp_path, capsys, c
     assert (tmp_path / 'run' / CHECKPOINT_FILE).read_bytes() == state
 
 
-def test_a_run_goes_on_where_the_best_weights_are_damaged(tmp_path):
+@pytest.mark.parametrize('lose', [lambda path: _cut(path), Path.unlink])
+def test_a_run_goes_on_where_the_best_weights_are_lost(tmp_path, lose):
     path = interrupted(tmp_path).parent
-    _cut(path / 'best.safetensors')
+    lose(path / 'best.safetensors')
     assert run_here(['--resume', path]) == 0
     load_weights(path / 'best.safetensors')
 
@@ -400,6 +409,7 @@ def test_a_run_goes_on_in_its_folder(tmp_path, capsys):
         error = capsys.readouterr().err
         assert 'goes on in its own folder' in error and str(more[1]) in error
     assert run_here(['--resume', path.parent, '--output', tmp_path, '--experiment', 'run', '--epochs', '1']) == 0
+    assert run_here(['--resume', path.parent, '--output', tmp_path.parent, '--epochs', '1']) == 0
 
 
 def test_an_optimizer_that_draws_resumes_exactly(tmp_path):

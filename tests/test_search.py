@@ -1,5 +1,6 @@
 """The hyper-parameter search: what it may propose, what it cuts short, and workers that share a study, one killed."""
 import csv
+import functools
 import os
 import pwd
 import shutil
@@ -22,7 +23,7 @@ import training_runs  # noqa: E402
 from optuna.storages import RetryHeartbeatStaleTrialCallback  # noqa: E402
 from optuna.trial import FixedTrial, TrialState  # noqa: E402
 
-from timm_dense2net import search_space  # noqa: E402
+from timm_dense2net import search, search_space  # noqa: E402
 from timm_dense2net.checkpoint import load_weights  # noqa: E402
 from timm_dense2net.dense2net import SplitHierarchyConv2d  # noqa: E402
 from timm_dense2net.interrupt import Interrupted  # noqa: E402
@@ -258,8 +259,10 @@ def test_a_mistake_begins_no_study(tmp_path, capsys):
     assert '1437 images cannot be held out of 1437' in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
-def test_study_in_a_folder_of_any_name(tmp_path):
+def test_study_in_a_folder_of_any_name(tmp_path, monkeypatch):
     folder = tmp_path / 'a?b=c d'
+    # A bar that shows nothing (TQDM_DISABLE) counts nothing either.
+    monkeypatch.setattr(search, 'tqdm', functools.partial(search.tqdm, disable=True))
     argv = ['--study', 's', '--output', str(folder), *TRAIN_ARGS, '--trials', '1', '--epochs', '2']
     assert main(argv) == 0
     assert (folder / 's' / 'study.db').is_file() and (folder / 's' / 'trials.csv').is_file()

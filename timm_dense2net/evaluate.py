@@ -154,7 +154,8 @@ def _build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         '--reparam', action='store_true', help="evaluate the model's form for inference, the same up to rounding")
     parser.add_argument('--tta-flip', action='store_true', help='also average the logits of each image and its mirror')
-    parser.add_argument('--calibration', action='store_true', help='also print the expected calibration error')
+    parser.add_argument('--calibration', action='store_true', help=(
+        'also print the expected calibration error, before and after temperature scaling'))
     parser.add_argument('--corruptions', action='store_true', help='also evaluate under noise, blur, contrast and JPEG')
     parser.add_argument('--seed', type=int, default=0, metavar='N', help="of the noise and the calibration's halves")
     parser.add_argument('--output', type=output_file, metavar='FILE', help='also write the metrics as JSON')

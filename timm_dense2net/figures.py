@@ -39,8 +39,8 @@ def new_figure(width: float, height: float) -> Figure | None:
 
 
 def plain_text(text: str) -> str:
-    """What matplotlib shows as this text, none of it taken for mathematics."""
-    return text.replace('$', r'\$')
+    """What matplotlib shows as this text: none of it taken for mathematics, bytes that are not UTF-8 replaced."""
+    return text.encode('utf-8', 'replace').decode().replace('$', r'\$')
 
 
 def save_figure(figure: Figure, path: str | os.PathLike[str], dpi: int = 120) -> None:

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import math
+import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -23,6 +24,7 @@ from .augment import (
     mix_targets,
     to_device,
 )
+from .errors import one_line
 from .images import ImageArrays, ImageReader, Images
 from .rng import AUGMENTATION_STREAM, PERMUTATION_STREAM
 
@@ -202,6 +204,7 @@ class BatchLoader:
             collate_fn=fast_collate,
             pin_memory=self.device.type == 'cuda',
             generator=torch.Generator(),  # keeps the loader's own draws off the global one
+            worker_init_fn=_leave_signals_alone,
         )
         batches = iter(loader)
         try:
@@ -211,6 +214,16 @@ class BatchLoader:
         except ValueError as error:
             # A worker's message comes with its traceback in front.
             raise ValueError(str(error).strip().rpartition('\nValueError: ')[2]) from error
+        except RuntimeError as error:
+            if 'DataLoader worker' not in str(error):
+                raise
+            raise ChildProcessError(f'{one_line(error)} Fewer --workers (num_workers) take less memory.') from error
+
+
+def _leave_signals_alone(_worker: int) -> None:
+    # A signal to the whole group of processes is for the one that trains, which ends its workers when it is done.
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(signum, signal.SIG_IGN)
 
 
 @dataclass(frozen=True)

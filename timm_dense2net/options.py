@@ -94,8 +94,9 @@ def _add_run_args(group: argparse._ArgumentGroup) -> None:
 
 def _add_data_args(group: argparse._ArgumentGroup) -> None:
     group.add_argument('-d', '--dataset', default='torch/cifar100', metavar='NAME', help=(
-        "timm data set spec, or 'digits' (%(default)s)"))
-    group.add_argument('--data-dir', metavar='DIR', help='folder of a torch/ data set, cache of an hfds/ one')
+        "timm data set spec, path of an image folder, or 'digits' (%(default)s)"))
+    group.add_argument('--data-dir', metavar='DIR', help=(
+        "folder of a torch/ data set, or of images (--dataset folder); cache of an hfds/ one"))
     group.add_argument('--dataset-download', action=_FLAG, default=False, help='download where supported')
     group.add_argument('--input-key', metavar='NAME', help='image column of a Hugging Face data set')
     group.add_argument('--target-key', metavar='NAME', help='label column of a Hugging Face data set')
@@ -244,11 +245,14 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def _check_same_folder(early: argparse.Namespace, saved: Path) -> None:
-    output, experiment = early.output or saved.parent.parent, early.experiment or saved.parent.name
-    if Path(output, experiment).resolve() != saved.parent:
+    run = saved.parent
+    output = Path(early.output or run.parent)
+    folder = output / (early.experiment or run.name)
+    # An experiment may be several folders deep in the output.
+    if folder.resolve() != run and (early.experiment or output.resolve() not in run.parents):
         raise ValueError(
-            f'--resume {early.resume} goes on in its own folder, not in {Path(output, experiment)}: leave out --output'
-            f' and --experiment, or begin a new run{_from_its_weights(saved.parent)}')
+            f'--resume {early.resume} goes on in its own folder, not in {folder}: leave out --output and --experiment,'
+            f' or begin a new run{_from_its_weights(run)}')
 
 
 def _from_its_weights(run: Path) -> str:

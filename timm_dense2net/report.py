@@ -1,4 +1,5 @@
-"""`python -m timm_dense2net report`: finished runs in one table, the deck's figure beside each.
+"""`python -m timm_dense2net report`: finished runs in one table, beside those of the deck's recipes the deck's
+figure.
 
     report RUNS... --output report                 report.md, report.csv, report.png; the table on the screen
     report RUNS... --results results.csv           also adds the runs to results.csv, one row a run
@@ -188,7 +189,7 @@ def readme_block(results: Sequence[RunResult], results_path: str) -> str:
         'Mean ± standard deviation over runs, on the test split. Rows with a best top-1: top-1 and top-5 of the last '
         'epoch, in a test of its own, and beside them the best of the tests after each epoch; in bfloat16 two tests of '
         'the same weights may differ by some hundredths. Rows without: of the epoch that was best on held-out training '
-        'images. Minutes are those of training, validation and the last test apart.'
+        'images. Minutes are of training with the validation after each epoch, without the final test.'
         + (f' Trained by (processes x device): {"; ".join(hardware)}.' if hardware else '')
         + f' Written from `{results_path}` by `python -m timm_dense2net report --results {results_path} '
         '--readme README.md`.\n')
@@ -247,7 +248,7 @@ def write_report(output: Path, rows: Sequence[Row]) -> list[str]:
 def _report_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog='python -m timm_dense2net report',
-        description="Finished runs in one table, the deck's figure beside each.")
+        description="Finished runs in one table, beside those of the deck's recipes the deck's figure.")
     parser.add_argument('runs', nargs='*', metavar='RUN', help='run folder')
     parser.add_argument('--output', type=Path, metavar='DIR', help='folder for report.md, report.csv and report.png')
     parser.add_argument(

@@ -115,9 +115,9 @@ class Worker:
             Interrupted: After SIGTERM or SIGINT; a trial at hand is given out again.
             TrainingError: If a file cannot be written.
         """
-        finished = min(finished_trials(self.study), target)
-        with self._stop, tqdm(total=target, initial=finished, desc='trials', unit='trial') as bar:
-            while bar.n < target:
+        finished = finished_trials(self.study)
+        with self._stop, tqdm(total=target, initial=min(finished, target), desc='trials', unit='trial') as bar:
+            while finished < target:
                 try:
                     self.study.optimize(self._objective, n_trials=1)
                 except (optuna.exceptions.UpdateFinishedTrialError, ValueError, AssertionError):
@@ -129,7 +129,8 @@ class Worker:
                     give_out_again(self.study, self.study.get_trials(deepcopy=False)[self._number])
                     raise
                 write_best(self.study, self.args, self.space, self.folder)
-                bar.update(min(finished_trials(self.study), target) - bar.n)
+                before, finished = finished, finished_trials(self.study)
+                bar.update(min(finished, target) - before)
                 if self._stop.signum:  # it came too late for the trial to heed it
                     raise Interrupted(self._stop.signum)
 

@@ -27,7 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from tqdm import tqdm
 
-from .checkpoint import first_not_finite, load_metadata, save_state, save_weights
+from .checkpoint import CHECKPOINT_FILE, first_not_finite, load_metadata, save_state, save_weights
 from .convert import METADATA_KEY
 from .distillation import Distillation
 from .distributed import Processes
@@ -115,7 +115,8 @@ class Trainer:
             self.optimizer = create_optimizer_v2(model, **optimizer_kwargs(args), filter_bias_and_bn=False)
         except (AssertionError, IndexError, TypeError, ValueError) as e:
             betas = f' --opt-betas {" ".join(map(str, args.opt_betas))}' if args.opt_betas else ''
-            raise ValueError(f'--opt {args.opt}{betas}: {one_line(e)}') from e
+            too_few = ' (it takes more betas)' if betas and isinstance(e, IndexError) else ''
+            raise ValueError(f'--opt {args.opt}{betas}: {one_line(e)}{too_few}') from e
         self.schedule, self.epochs = self._build_schedule()
         self.plateau = self._build_plateau()
         # Made before the model is wrapped, as in timm's train.py.
@@ -226,9 +227,10 @@ class Trainer:
                   _cudnn_benchmark() if self.step.captured else nullcontext()):
                 self._fit()
         except OSError as e:
-            raise TrainingError(
-                f'{e.filename or self.path}: {e.strerror or e}; the last whole state is kept, put this right and go on'
-                f' with --resume {self.path}') from e
+            kept = f'the last whole state is kept, put this right and go on with --resume {self.path}'
+            if not (self.path / CHECKPOINT_FILE).exists():
+                kept = 'nothing is trained yet, put this right and begin again'
+            raise TrainingError(f'{e.filename or self.path}: {e.strerror or e}; {kept}') from e
         except torch.OutOfMemoryError as e:
             raise TrainingError(
                 f'{one_line(e)} A smaller --batch-size or --grad-checkpointing takes less; the last whole state is in'
@@ -237,7 +239,7 @@ class Trainer:
     def _heed_weights_of_later_epochs(self) -> None:
         """Looks for weights of epochs that the state comes before: a crash leaves them, and so does an earlier state.
 
-        Where the best weights are of such an epoch, those that the state calls best are gone.
+        Where the best weights are of such an epoch, or there are none, those that the state calls best are gone.
 
         Raises:
             ValueError: If nothing is left to train, so that later weights would be tested as this state's.
@@ -249,7 +251,8 @@ class Trainer:
                     raise ValueError(
                         f'{self.path} holds weights of a later epoch than its state, after which nothing is left to'
                         f' train (epoch {self.epoch} of {self.epochs}): give more --epochs')
-                undone = not self.finished and self._is_of_later_epoch('best')
+                lost = bool(self.best) and not (self.folder.path / 'best.safetensors').is_file()
+                undone = not self.finished and (lost or self._is_of_later_epoch('best'))
         if self.processes.broadcast(undone):
             self.best = {}
 
@@ -326,27 +329,30 @@ class Trainer:
             raise Interrupted(signum)
 
     def _check_loss(self) -> float:
-        """The loss of the last batch; reading it waits for the device.
+        """The loss of the last batch; reading it waits for the device, and every process must take part.
 
         Raises:
             TrainingError: If a loss of this epoch is not finite, naming the step.
         """
         losses = self.batch_metrics[0, :self.batches_done].cpu()
-        bad = (~losses.isfinite()).nonzero().flatten()
-        if len(bad):
-            step = int(bad[0])
-            raise TrainingError(f'the loss is {losses[step].item()} at {self._where(step + 1)}')
+        bad = (~losses.isfinite()).nonzero().flatten().tolist()
+        self._raise_together(f'the loss is {losses[bad[0]].item()} at {self._where(bad[0] + 1)}' if bad else None)
         return losses[-1].item() if len(losses) else math.nan
 
     def _check_weights(self) -> None:
-        """Checks the weights as they are after the last step.
+        """Checks the weights as they are after the last step; every process must take part.
 
         Raises:
             TrainingError: If one is not finite.
         """
         name = first_not_finite(self.model.state_dict())
-        if name is not None:
-            raise TrainingError(f'{name} is not finite after {self._where(self.batches_done)}')
+        self._raise_together(name and f'{name} is not finite after {self._where(self.batches_done)}')
+
+    def _raise_together(self, fault: str | None) -> None:
+        # What one process alone sees, such as its own loss, ends all: the others would wait for it. Process 0 tells it.
+        for found in self.processes.gather(fault):
+            if found is not None:
+                raise TrainingError(found) if self.processes.primary else SystemExit(1)
 
     def _where(self, step: int) -> str:
         # Of several processes the first one alone has the folder.
