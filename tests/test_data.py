@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import threading
-from multiprocessing import active_children
 from types import SimpleNamespace
 
 import numpy as np
@@ -707,31 +706,42 @@ def test_broken_image_read_from_disk_is_named_in_one_line(tmp_path, num_workers)
     assert '\n' not in str(error.value)
 
 
-def begin_with_workers(root, count):
-    """Images, the batches of an epoch without the first, and the processes that read them."""
-    reader = load_images(write_folder(root, count=40), 'train', memory_limit=1)
-    others = {process.pid for process in active_children()}
-    batches = make_loader(reader, 4, train=False, num_workers=count).epoch(0)
-    next(batches)
-    workers = [process.pid for process in active_children() if process.pid not in others]
-    assert len(workers) == count
-    return reader, batches, workers
+READS_TO_NO_END = '''
+import sys
+import time
+
+from timm_dense2net.data import load_images
+from timm_dense2net.interrupt import StopSignal
+from timm_dense2net.loader import BatchLoader
+
+if __name__ == '__main__':
+    reader = load_images(sys.argv[1], 'train', memory_limit=1)
+    batches = BatchLoader(
+        reader, 4, device='cpu', mean=(0.5,), std=(0.2,), train=False, num_workers=2).epoch(0)
+    with StopSignal() as stop:
+        next(batches)
+        print('begun', flush=True)
+        while not stop.signum:
+            time.sleep(0.05)
+        time.sleep(0.5)
+        print('read', len(list(batches)) if sys.argv[2] == 'all' else next(batches)[1].tolist())
+'''
 
 
-def test_signals_are_left_to_the_process_that_trains(tmp_path):
-    reader, batches, workers = begin_with_workers(tmp_path, 2)
-    for signum in (signal.SIGTERM, signal.SIGINT):
-        for worker in workers:
-            os.kill(worker, signum)
-    assert len(list(batches)) == len(reader) // 4 - 1
-
-
-def test_a_lost_worker_is_one_message(tmp_path):
-    _, batches, workers = begin_with_workers(tmp_path, 1)
-    os.kill(workers[0], signal.SIGKILL)
-    with pytest.raises(ChildProcessError, match=r'DataLoader worker .*Fewer --workers') as error:
-        list(batches)
-    assert '\n' not in str(error.value)
+@pytest.mark.skipif(os.name != 'posix', reason='there are no process groups')
+@pytest.mark.parametrize('signum', [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize('read, told', [('all', 'read 19'), ('one', 'read [0, 0, 0, 0]')])
+def test_a_signal_to_all_processes_is_for_the_one_that_trains(tmp_path, signum, read, told):
+    """Which reads on, and ends where batches are left, too."""
+    root = write_folder(tmp_path, count=40)
+    (tmp_path / 'script.py').write_text(READS_TO_NO_END)
+    with subprocess.Popen(
+            [sys.executable, tmp_path / 'script.py', root, read], stdout=subprocess.PIPE, text=True,
+            start_new_session=True) as process:
+        assert process.stdout.readline() == 'begun\n'
+        os.killpg(process.pid, signum)
+        assert process.communicate(timeout=60)[0].strip() == told
+    assert process.returncode == 0
 
 
 def test_missing_package_is_named(monkeypatch):

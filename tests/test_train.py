@@ -283,14 +283,19 @@ def test_signals_are_left_alone_in_another_thread(tmp_path):
     assert trainer.finished and signal.getsignal(signal.SIGINT) is before
 
 
-def test_too_little_memory_is_one_message(tmp_path, monkeypatch, capsys):
-    def out_of_memory(*args):
-        raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 20.00 MiB.')
+@pytest.mark.parametrize('error, told', [
+    (torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 20.00 MiB.'),
+     'CUDA out of memory. Tried to allocate 20.00 MiB. A smaller --batch-size'),
+    (RuntimeError('DataLoader worker (pid 1) is killed by signal: Killed. '),
+     'DataLoader worker (pid 1) is killed by signal: Killed. Fewer --workers'),
+])
+def test_too_little_memory_is_one_message(tmp_path, monkeypatch, capsys, error, told):
+    def fail(*args):
+        raise error
 
-    monkeypatch.setattr(Trainer, '_train_epoch', out_of_memory)
+    monkeypatch.setattr(Trainer, '_train_epoch', fail)
     assert run_here(arguments(tmp_path)) == 1
-    error = capsys.readouterr().err.splitlines()[-1]
-    assert error.startswith('error: CUDA out of memory. Tried to allocate 20.00 MiB. A smaller --batch-size')
+    assert capsys.readouterr().err.splitlines()[-1].startswith(f'error: {told}')
 
 
 def test_only_the_plateau_schedule_stops_early_unasked(tmp_path):

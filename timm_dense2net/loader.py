@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import math
-import signal
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -24,7 +24,6 @@ from .augment import (
     mix_targets,
     to_device,
 )
-from .errors import one_line
 from .images import ImageArrays, ImageReader, Images
 from .rng import AUGMENTATION_STREAM, PERMUTATION_STREAM
 
@@ -204,7 +203,7 @@ class BatchLoader:
             collate_fn=fast_collate,
             pin_memory=self.device.type == 'cuda',
             generator=torch.Generator(),  # keeps the loader's own draws off the global one
-            worker_init_fn=_leave_signals_alone,
+            worker_init_fn=_leave_process_group,
         )
         batches = iter(loader)
         try:
@@ -214,16 +213,13 @@ class BatchLoader:
         except ValueError as error:
             # A worker's message comes with its traceback in front.
             raise ValueError(str(error).strip().rpartition('\nValueError: ')[2]) from error
-        except RuntimeError as error:
-            if 'DataLoader worker' not in str(error):
-                raise
-            raise ChildProcessError(f'{one_line(error)} Fewer --workers (num_workers) take less memory.') from error
 
 
-def _leave_signals_alone(_worker: int) -> None:
-    # A signal to the whole group of processes is for the one that trains, which ends its workers when it is done.
-    for signum in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(signum, signal.SIG_IGN)
+def _leave_process_group(_worker: int) -> None:
+    # A signal to the whole group (Ctrl-C, `timeout`) is for the process that trains, which ends its workers when it is
+    # done. They must not ignore SIGTERM: at its exit Python ends them by that, and waits.
+    if hasattr(os, 'setpgid'):
+        os.setpgid(0, 0)
 
 
 @dataclass(frozen=True)

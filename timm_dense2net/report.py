@@ -1,5 +1,4 @@
-"""`python -m timm_dense2net report`: finished runs in one table, beside those of the deck's recipes the deck's
-figure.
+"""`python -m timm_dense2net report`: finished runs in one table, the deck's figure beside its recipes.
 
     report RUNS... --output report                 report.md, report.csv, report.png; the table on the screen
     report RUNS... --results results.csv           also adds the runs to results.csv, one row a run
@@ -248,7 +247,7 @@ def write_report(output: Path, rows: Sequence[Row]) -> list[str]:
 def _report_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog='python -m timm_dense2net report',
-        description="Finished runs in one table, beside those of the deck's recipes the deck's figure.")
+        description="Finished runs in one table, the deck's figure beside its recipes.")
     parser.add_argument('runs', nargs='*', metavar='RUN', help='run folder')
     parser.add_argument('--output', type=Path, metavar='DIR', help='folder for report.md, report.csv and report.png')
     parser.add_argument(

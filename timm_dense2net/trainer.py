@@ -235,6 +235,11 @@ class Trainer:
             raise TrainingError(
                 f'{one_line(e)} A smaller --batch-size or --grad-checkpointing takes less; the last whole state is in'
                 f' {self.path}') from e
+        except RuntimeError as e:
+            if not str(e).startswith('DataLoader worker'):  # torch tells of a lost one wherever the trainer is
+                raise
+            raise TrainingError(
+                f'{one_line(e)} Fewer --workers take less memory; the last whole state is in {self.path}') from e
 
     def _heed_weights_of_later_epochs(self) -> None:
         """Looks for weights of epochs that the state comes before: a crash leaves them, and so does an earlier state.
