@@ -12,7 +12,8 @@ import pytest
 import torch
 from training_runs import ROOT, TIMES, TRAIN_SCRIPT, arguments, assert_same_run, differences, finish, read_state, start
 
-from timm_dense2net.checkpoint import CHECKPOINT_FILE, load_weights, save_state
+from timm_dense2net.checkpoint import load_weights
+from timm_dense2net.training_state import CHECKPOINT_FILE, save_state
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason='torch was built without gloo')
 
@@ -129,6 +130,7 @@ import sys
 
 import train_cifar
 from timm_dense2net.engine import TrainStep
+from timm_dense2net.training_state import CHECKPOINT_FILE, save_state
 
 step = TrainStep.__call__
 

@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw
 from training_runs import ROOT, assert_same_run, finish, read_state, run_here, start
 
 from timm_dense2net.build import build_data
-from timm_dense2net.checkpoint import load_weights, save_state, save_weights
+from timm_dense2net.checkpoint import load_weights, save_weights
 from timm_dense2net.cifar import CIFAR100_STD
 from timm_dense2net.freeze import freeze_stages
 from timm_dense2net.options import parse_args
@@ -341,8 +341,6 @@ def test_the_tag_of_the_first_weights_is_not_that_of_the_run(tmp_path):
     (['--pretrained-path', 'nowhere'], ['no weights at nowhere']),
     (['--pretrained-path', 'torn.safetensors'], ['torn.safetensors', 'not a whole safetensors file']),
     (['--pretrained-path', 'model.pth'], ['model.pth', 'does not fit test_resnet', 'lacks some, bn1.bias']),
-    (['--pretrained-path', 'checkpoint.safetensors'], ['checkpoint.safetensors is a training state', '--resume']),
-    (['--initial-checkpoint', 'checkpoint.safetensors'], ['checkpoint.safetensors is a training state', '--resume']),
     (['--initial-checkpoint', PACKAGED, '--model', MODEL],
      [f'--initial-checkpoint {PACKAGED} does not fit', 'classifier.weight']),
     (['--pretrained-path', PACKAGED], ['does not fit test_resnet', MODEL, 'lacks some, bn1.bias']),
@@ -360,7 +358,6 @@ def test_mistakes_are_one_message(tmp_path, monkeypatch, capsys, more, words):
     monkeypatch.chdir(tmp_path)
     (tmp_path / 'torn.safetensors').write_bytes(b'\x08\0\0\0\0\0\0\0{"a":')
     torch.save({}, tmp_path / 'model.pth')
-    save_state(tmp_path, {})
     assert run_here(digits('output', 'run', *more)) in (1, 2)
     error = capsys.readouterr().err
     assert error.count('error: ') == 1 and 'Traceback' not in error

@@ -18,12 +18,13 @@ from test_data import write_folder
 from training_runs import (
     arguments, assert_same_run, drop_privileges, finish, kill, read_state, read_summary_rows, run_here, start, wait_for)
 
-from timm_dense2net.checkpoint import CHECKPOINT_FILE, PREVIOUS_FILE, load_weights, save_state, save_weights
+from timm_dense2net.checkpoint import load_weights, save_weights
 from timm_dense2net.distributed import Processes
 from timm_dense2net.files import LEFTOVERS
 from timm_dense2net.options import parse_args
 from timm_dense2net.runs import RunFolder, read_resumed_state
 from timm_dense2net.trainer import Trainer
+from timm_dense2net.training_state import CHECKPOINT_FILE, PREVIOUS_FILE, save_state
 
 
 @pytest.fixture(scope='module')
@@ -138,7 +139,7 @@ def test_damaged_checkpoint_falls_back_on_the_one_before(tmp_path, reference, da
     damage(interrupted(tmp_path))
     assert_same_run(complete(tmp_path), reference)
     if damage is not Path.unlink:
-        assert 'using checkpoint-prev.safetensors instead' in (tmp_path / 'log').read_text()
+        assert 'using checkpoint-prev.pth.tar instead' in (tmp_path / 'log').read_text()
 
 
 def test_best_weights_of_an_epoch_that_is_trained_anew_are_not_kept(tmp_path):
@@ -200,7 +201,7 @@ def test_loss_that_is_not_finite(tmp_path, capsys):
     error = capsys.readouterr().err
     assert 'the loss is' in error and 'epoch 1, step 2 of 5' in error and 'Traceback' not in error
     state = read_state(tmp_path / 'run')
-    assert all(tensor.isfinite().all() for tensor in state['model'].values())
+    assert all(tensor.isfinite().all() for tensor in state['state_dict'].values())
     assert not list((tmp_path / 'run').glob(LEFTOVERS))
 
 
@@ -209,7 +210,7 @@ def test_weight_that_is_not_finite_is_not_saved(tmp_path, capsys):
     argv = arguments(tmp_path, '--lr', '1e38', '--weight-decay', '1e6', '--checkpoint-interval', '1')
     assert run_here(argv) == 1
     assert 'is not finite' in capsys.readouterr().err
-    assert all(tensor.isfinite().all() for tensor in read_state(tmp_path / 'run')['model'].values())
+    assert all(tensor.isfinite().all() for tensor in read_state(tmp_path / 'run')['state_dict'].values())
 
 
 def _break_a_weight():

@@ -334,7 +334,7 @@ def test_stop_and_go_on(tmp_path, start):
     wait_for(lambda: summary.exists() and len(summary.read_text().splitlines()) > 2)
     worker.send_signal(signal.SIGTERM)
     assert worker.wait(300) == 128 + signal.SIGTERM
-    assert (summary.parent / 'checkpoint.safetensors').exists()
+    assert (summary.parent / 'checkpoint.pth.tar').exists()
     rows = summary.read_text().splitlines()
     study = optuna.load_study(study_name='study', storage=f'sqlite:///{tmp_path}/study/study.db')
     assert [t.state for t in study.trials] == [TrialState.FAIL, TrialState.WAITING]

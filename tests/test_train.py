@@ -21,7 +21,7 @@ from training_runs import arguments, assert_same_run, finish, read_state, read_s
 
 from timm_dense2net import build, runs, trainer, training_form
 from timm_dense2net.augment import AugmentConfig, ProgressiveResize
-from timm_dense2net.checkpoint import dump_state, load_state, load_weights, save_weights
+from timm_dense2net.checkpoint import load_weights, save_weights
 from timm_dense2net.counts import count_macs
 from timm_dense2net.curves import read_summary
 from timm_dense2net.distributed import Processes
@@ -31,6 +31,7 @@ from timm_dense2net.options import parse_args
 from timm_dense2net.runs import RunFolder
 from timm_dense2net.trained import load_trained
 from timm_dense2net.trainer import Trainer, TrainingError
+from timm_dense2net.training_state import dump_state, load_state
 
 
 def linear_model():
@@ -129,8 +130,8 @@ def test_run_leaves_what_it_should(tmp_path):
     run = tmp_path / 'run'
     names = {path.name for path in run.iterdir()}
     assert names >= {
-        'args.yaml', 'summary.csv', 'curves.png', 'last.safetensors', 'best.safetensors', 'checkpoint.safetensors',
-        'checkpoint-prev.safetensors', 'result.json', 'report.json', 'per_class.csv', 'confusion_matrix.csv',
+        'args.yaml', 'summary.csv', 'curves.png', 'last.safetensors', 'best.safetensors', 'checkpoint.pth.tar',
+        'checkpoint-prev.pth.tar', 'result.json', 'report.json', 'per_class.csv', 'confusion_matrix.csv',
         'confusion_matrix.png'}
     assert [name for name in names if name.startswith('.')] == ['.lock']
 
@@ -151,8 +152,11 @@ def test_run_leaves_what_it_should(tmp_path):
     model = timm.create_model(metadata['model'], num_classes=int(metadata['num_classes']))
     model.load_state_dict(weights)
     state = read_state(run)
-    assert all(torch.equal(weights[name], state['ema'][name]) for name in weights)
-    assert not all(torch.equal(weights[name], state['model'][name]) for name in weights)
+    assert all(torch.equal(weights[name], state['state_dict_ema'][name]) for name in weights)
+    assert not all(torch.equal(weights[name], state['state_dict'][name]) for name in weights)
+    from_state, metadata_of_state = load_weights(run / 'checkpoint.pth.tar')
+    assert all(torch.equal(weights[name], from_state[name]) for name in weights)
+    assert metadata_of_state.items() <= metadata.items()
     arguments_in_file = json.loads(metadata['args'])
     assert arguments_in_file['lr'] == 0.05 and str(tmp_path) not in json.dumps(metadata)
     assert yaml.safe_load((run / 'args.yaml').read_text())['lr'] == 0.05

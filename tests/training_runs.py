@@ -17,7 +17,8 @@ from timm.utils import setup_default_logging
 import sklearn.datasets  # noqa: F401
 import sklearn.model_selection  # noqa: F401
 
-from timm_dense2net.checkpoint import CHECKPOINT_FILE, load_state, load_weights
+from timm_dense2net.checkpoint import load_weights
+from timm_dense2net.training_state import CHECKPOINT_FILE, load_state
 
 ROOT = Path(__file__).resolve().parents[1]
 TRAIN_SCRIPT = ROOT / 'train_cifar.py'
@@ -116,13 +117,14 @@ def read_state(folder):
 
 
 def differences(a, b, path=''):
-    """Where two nested states differ in any bit, times left out."""
+    """Where two nested states differ in any bit, times and the arguments of the run left out."""
     if isinstance(a, torch.Tensor):
         return [] if a.dtype == b.dtype and torch.equal(a, b) else [path]
     if isinstance(a, dict):
         if a.keys() != b.keys():
             return [path]
-        return [found for key in a if key != 'seconds' for found in differences(a[key], b[key], f'{path}.{key}')]
+        return [
+            found for key in a if key not in ('seconds', 'args') for found in differences(a[key], b[key], f'{path}.{key}')]
     if isinstance(a, (list, tuple)):
         if len(a) != len(b):
             return [path]
@@ -131,7 +133,7 @@ def differences(a, b, path=''):
 
 
 def assert_same_run(a, b):
-    """Two run folders hold the same weights, state and summary, bit for bit, times left out."""
+    """Two run folders hold the same weights, state and summary, bit for bit, times and arguments left out."""
     for name in ('last.safetensors', 'best.safetensors'):
         assert not differences(load_weights(Path(a, name))[0], load_weights(Path(b, name))[0]), name
     different = differences(read_state(a), read_state(b))

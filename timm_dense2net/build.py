@@ -295,7 +295,7 @@ def build_trainer(
     """
     # The same first weights in every process, then each its own random numbers.
     random_seed(args.seed)
-    begun_with = {} if state is None else state.get('begun_with', {})  # earlier states have none
+    begun_with = {} if state is None else state['metadata']
     _check_classes_of(begun_with, data.train)
     model = build_model(args, data.train, with_weights=state is None, conversion=conversion_in(begun_with))
     model = model.to(processes.device)

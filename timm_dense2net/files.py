@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-__all__ = ['LEFTOVERS', 'output_file', 'replace_file', 'sha256_of', 'write_csv', 'write_json', 'write_text']
+__all__ = ['LEFTOVERS', 'output_file', 'replace_file', 'sha256_of', 'write_csv', 'write_json', 'write_synced', 'write_text']
 
 # What a process that is killed while it writes may leave, as a pattern for glob.
 LEFTOVERS = '.*.*.tmp.*'
@@ -80,6 +80,39 @@ def write_csv(path: str | os.PathLike[str], header: Sequence[str], rows: Iterabl
         writer = csv.writer(f, lineterminator='\n')
         writer.writerow(header)
         writer.writerows(rows)
+
+
+def write_synced(path: str | os.PathLike[str], data: bytes, previous: str | os.PathLike[str] | None = None) -> None:
+    """Writes a file down to the disk, in one step.
+
+    Args:
+        path: The file.
+        data: Its content.
+        previous: Name that the file there before is left under, where it is to be left.
+
+    Raises:
+        OSError: If the file cannot be written; the ones already there are left as they were.
+    """
+    path = Path(path)
+    with replace_file(path) as temporary:
+        with open(temporary, 'wb') as f:
+            f.write(data)
+            f.flush()
+            os.fsync(f.fileno())
+        if previous is not None and path.exists():
+            os.replace(path, previous)
+    _sync_folder(path.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Makes renames in a folder last through a power cut, where the system can."""
+    if os.name != 'posix':
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def sha256_of(path: str | os.PathLike[str]) -> str:

@@ -13,10 +13,10 @@ from typing import Any, NoReturn
 
 from timm.utils import ParseKwargs
 
-from .checkpoint import CHECKPOINT_FILE, PREVIOUS_FILE
 from .option_checks import check_args
 from .public_args import is_data_set_id
 from .recipe import NOT_SAVED, check_values, list_recipes, load_recipe, read_yaml
+from .training_state import CHECKPOINT_FILE, PREVIOUS_FILE
 
 __all__ = ['ARGS_FILE', 'HOST_ARGS', 'SCHEDULES', 'SPEED_ARGS', 'build_parser', 'parse_args', 'saved_args']
 

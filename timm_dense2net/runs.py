@@ -4,7 +4,7 @@
     summary.csv             one row an epoch, by timm.utils.update_summary; curves.png is drawn from it
     last.safetensors        weights after the last epoch, of the EMA where there is one
     best.safetensors        weights of the epoch with the best validation top-1
-    checkpoint.safetensors  the whole training state; checkpoint-prev.safetensors is the one before
+    checkpoint.pth.tar      the whole training state; checkpoint-prev.pth.tar is the one before
     result.json             figures of the finished run; report.json, tables and pictures of the test beside it
     .lock                   held by the process that writes the folder
 """
@@ -25,7 +25,7 @@ from timm.models import safe_model_name
 from timm.utils import trim_summary, unfreeze, update_summary
 
 from .build import RunData, build_loader
-from .checkpoint import CHECKPOINT_FILE, PREVIOUS_FILE, load_state, load_weights, read_state_bytes
+from .checkpoint import load_weights
 from .counts import count_macs, count_params
 from .curves import update_curves
 from .distributed import Processes
@@ -36,6 +36,7 @@ from .files import LEFTOVERS, replace_file, write_json, write_text
 from .final_report import write_final_report
 from .options import ARGS_FILE, saved_args
 from .trainer import Trainer
+from .training_state import CHECKPOINT_FILE, PREVIOUS_FILE, load_state, read_state_bytes
 
 __all__ = ['RunFolder', 'read_resumed_state', 'write_run_results']
 

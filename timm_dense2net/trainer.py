@@ -27,8 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from tqdm import tqdm
 
-from .checkpoint import CHECKPOINT_FILE, first_not_finite, load_metadata, save_state, save_weights
-from .convert import METADATA_KEY
+from .checkpoint import first_not_finite, load_metadata, save_weights
 from .distillation import Distillation
 from .distributed import Processes
 from .engine import TrainStep, autocast_factory, evaluate
@@ -37,6 +36,7 @@ from .interrupt import Interrupted, StopSignal
 from .loader import BatchLoader
 from .rng import rng_state, set_rng_state
 from .training_form import plain_form
+from .training_state import CHECKPOINT_FILE, save_state
 
 if TYPE_CHECKING:
     from .runs import RunFolder
@@ -44,9 +44,6 @@ if TYPE_CHECKING:
 __all__ = ['Trainer', 'TrainingError']
 
 _logger = logging.getLogger(__name__)
-
-# Of the weights' metadata, what a run that is resumed needs to be the same.
-_BEGUN_WITH = ('class_names', METADATA_KEY)
 
 
 class TrainingError(RuntimeError):
@@ -439,9 +436,9 @@ class Trainer:
         return dict(
             position=dict(epoch=self.epoch, batches_done=self.batches_done, updates=self.updates),
             epoch_size=self._epoch_size(),
-            begun_with={key: self.weights_metadata[key] for key in _BEGUN_WITH if key in self.weights_metadata},
-            model=self.model.state_dict(),
-            ema=self.ema.module.state_dict() if self.ema is not None else None,
+            metadata=self.weights_metadata,
+            state_dict=self.model.state_dict(),
+            state_dict_ema=self.ema.module.state_dict() if self.ema is not None else None,
             optimizer=self.optimizer.state_dict(),
             plateau=self.plateau.state_dict() if self.plateau is not None else None,
             scaler=self.scaler.state_dict() if self.scaler is not None else None,
@@ -472,24 +469,24 @@ class Trainer:
             ValueError: If the state belongs to another model or optimizer, or within an epoch to other data.
         """
         position = state['position']
-        now = self._epoch_size()
-        before = state.get('epoch_size', now)  # earlier states have none
+        before, now = state['epoch_size'], self._epoch_size()
         if position['batches_done'] and before != now:
             raise ValueError(
                 f'the state was saved within an epoch of {before}, now an epoch has {now}: go on with the same data and'
                 ' batch size')
-        parts = dict(
-            model=self.model, ema=self.ema and self.ema.module, optimizer=self.optimizer,
-            plateau=self.plateau, scaler=self.scaler)
-        for name, part in parts.items():
-            if (part is None) != (state[name] is None):
+        for name, part, saved in (
+                ('model', self.model, state['state_dict']),
+                ('ema', self.ema and self.ema.module, state['state_dict_ema']),
+                ('optimizer', self.optimizer, state['optimizer']),
+                ('plateau', self.plateau, state['plateau']),
+                ('scaler', self.scaler, state['scaler'])):
+            if (part is None) != (saved is None):
                 raise ValueError(f'the state was saved {"with" if part is None else "without"} {name}')
             try:
                 if part is not None:
-                    part.load_state_dict(state[name])
+                    part.load_state_dict(saved)
             except (RuntimeError, KeyError, ValueError) as e:
                 raise ValueError(f'the state is of another {name}: {one_line(e)}') from e
-        self._restore_memory_format()
         self.epoch, self.batches_done, self.updates = (
             position[key] for key in ('epoch', 'batches_done', 'updates'))
         self.last, self.best = state['early_stop']['last'], state['early_stop']['best']
@@ -503,13 +500,6 @@ class Trainer:
             if self.scheduled_updates:
                 self.schedule.step_update(self.scheduled_updates)
         self._load_process_state(state['processes'])
-
-    def _restore_memory_format(self) -> None:
-        """Lays the optimizer's tensors out like their parameters again; files hold them contiguous."""
-        for parameter, values in self._inner_optimizer.state.items():
-            for key, value in values.items():
-                if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
-                    values[key] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
     def _load_process_state(self, states: list[dict[str, Any]]) -> None:
         world_size = self.processes.world_size
