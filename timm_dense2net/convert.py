@@ -19,8 +19,9 @@ from timm.models import build_model_with_cfg, is_model, model_entrypoint, regist
 from timm.models.res2net import Bottle2neck
 
 from .counts import count_macs, count_params
-from .dense2net import SplitHierarchyConv2d, find_norm_act_layer
+from .dense2net import SplitHierarchyConv2d
 from .errors import one_line
+from .named_layers import find_norm_act_layer
 from .names import check_model_name, layer_names
 
 __all__ = ['convert_res2net', 'reapply_conversion', 'conversion_metadata', 'conversion_in', 'METADATA_KEY']

@@ -20,12 +20,9 @@ from timm.layers import (
     DropPath,
     LayerType,
     calculate_drop_path_rates,
-    create_attn,
     create_classifier,
     create_conv2d,
-    get_act_layer,
     get_device_dtype,
-    get_norm_act_layer,
 )
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models._builder import resolve_pretrained_cfg
@@ -38,6 +35,7 @@ from .fused import (
 from .hooks import has_hooks, has_own_hooks, is_transformed
 from .in_place import runs_by_parts
 from .memory_pool import PoolOwner
+from .named_layers import create_attn_layer, find_norm_act_layer
 from .packaged import check_pretrained, packaged_file
 from .parts import image_parts
 from .training_form import block_has_training_form, block_in_training, has_training_form, transition_in_training
@@ -81,65 +79,6 @@ def _check_rates(**values: float) -> None:
     for name, value in values.items():
         if not 0. <= value < 1.:
             raise ValueError(f'{name} must be at least 0 and below 1, got {value}')
-
-
-def _create_attn(attn_layer: Optional[str], channels: int, device=None, dtype=None) -> nn.Module:
-    try:
-        attn = create_attn(attn_layer, channels, device=device, dtype=dtype)
-    except (AssertionError, TypeError) as e:
-        raise ValueError(
-            f"attn_layer '{attn_layer}': timm makes none of that name for {channels} channels alone ({e}); it must be "
-            f"one such as 'se' or 'eca'") from None
-    return nn.Identity() if attn is None else attn
-
-
-def check_act_layer(act_layer: LayerType) -> None:
-    """Checks that timm has an activation.
-
-    Raises:
-        ValueError: It has not.
-    """
-    try:
-        get_act_layer(act_layer)
-    except KeyError:
-        raise ValueError(
-            f"unknown act_layer '{act_layer}': it must be a name that timm knows, such as 'relu' or 'silu'") from None
-
-
-def find_norm_act_layer(norm_layer: LayerType, act_layer: LayerType, *channels: int) -> Type[nn.Module]:
-    """timm's ``get_norm_act_layer``, with a message for what timm does not know.
-
-    Args:
-        norm_layer: Normalization, by name or class.
-        act_layer: Activation, by name or class.
-        *channels: Numbers of channels that it is to be made for.
-
-    Raises:
-        ValueError: timm has no such layer, or its groups do not divide the channels.
-    """
-    check_act_layer(act_layer)
-    try:
-        norm_act_layer = get_norm_act_layer(norm_layer, act_layer=act_layer)
-    except (AssertionError, KeyError):
-        norm_act_layer = None
-    if norm_act_layer is None:
-        raise ValueError(
-            f"unknown norm_layer '{norm_layer}': it must be a name that timm knows, such as 'batchnorm2d' or "
-            f"'layernorm2d'")
-    for count in channels:
-        if not _takes(norm_act_layer, count):
-            raise ValueError(
-                f"norm_layer '{norm_layer}' cannot be made for {count} channels, which its groups do not divide: give "
-                f"one without groups, such as 'batchnorm2d' or 'layernorm2d'")
-    return norm_act_layer
-
-
-def _takes(norm_act_layer: Type[nn.Module], channels: int) -> bool:
-    try:
-        norm = norm_act_layer(channels)
-    except ValueError:
-        return False
-    return channels % getattr(norm, 'groups', 1) == 0  # some of timm's look at them in forward alone
 
 
 def _is_bare_conv(conv: nn.Module, kernel_size: int, dilation: int = 1, groups: Optional[int] = 1) -> bool:
@@ -316,7 +255,7 @@ class DenseLayer(nn.Module):
             self.conv2 = SplitHierarchyConv2d(
                 mid_chs, scale, groups=cardinality, act_layer=act_layer, norm_layer=norm_layer, **dd)
             self.conv3 = create_conv2d(mid_chs, growth_rate, 1, **dd)
-        self.attn = _create_attn(attn_layer, growth_rate, **dd)
+        self.attn = create_attn_layer(attn_layer, growth_rate, **dd)
         self.drop_path = DropPath(drop_path) if drop_path > 0. else nn.Identity()
         self.grad_checkpointing = False
         self.compiles = False

@@ -33,7 +33,7 @@ from timm.models.resnet import Bottleneck, ResNet
 from timm.models.resnetv2 import ResNetV2
 
 from .cifar import CIFAR100_MEAN, CIFAR100_STD
-from .dense2net import check_act_layer, find_norm_act_layer
+from .named_layers import check_act_layer, find_norm_act_layer
 
 __all__ = ['CifarResNet', 'CifarResNetV2', 'PyramidNet']
 
