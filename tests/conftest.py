@@ -1,7 +1,12 @@
 """What every test has in common."""
 import logging
+import os
 
 import pytest
+
+# Threads that wait for each other in a spin take many times as long where other processes want the cores, too. Read
+# when torch is imported, here and by the processes that tests start.
+os.environ.setdefault('GOMP_SPINCOUNT', '1000')
 
 
 @pytest.fixture(autouse=True)

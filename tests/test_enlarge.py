@@ -85,6 +85,8 @@ def test_command(tmp_path, capsys):
     model = timm.create_model('dense2net121d_s4', num_classes=100, checkpoint_path=str(output))
     assert torch.equal(model.classifier.weight, small.classifier.weight)
     assert load_weights(output)[1]['model'] == 'dense2net121d_s4'
+    assert main([str(path), '--model', 'dense2net121d_s4', '--num-classes', '0', '--output', str(output)]) == 0
+    assert load_trained(checkpoint=output).model.num_classes == 0
     save_weights(path, small.state_dict(), dict(model='dense2net121_s4', model_args='{"act_layer": "silu"}'))
     assert main([str(path), '--model', 'dense2net121d_s4', '--output', str(output)]) == 0
     assert isinstance(load_trained(checkpoint=output).model.features.norm5.act, torch.nn.SiLU)

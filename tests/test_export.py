@@ -115,6 +115,14 @@ print(files['metadata.json'])
 '''
 
 
+def test_a_net_without_an_inference_form_is_not_called_fused(tmp_path):
+    weights, path = save_random(tmp_path / 'last.safetensors', block_config=(1,), act_layer='silu'), tmp_path / 'x.pt2'
+    assert main(['--checkpoint', str(weights), '--format', 'torch-export', '--output', str(path), '--fuse']) == 0
+    files = {'metadata.json': ''}
+    torch.export.load(path, extra_files=files)
+    check_metadata(json.loads(files['metadata.json']), False)
+
+
 @pytest.mark.parametrize('variant, fuse', [('plain', False), ('se_grouped', True)])
 def test_torch_export(weights, fuse, tmp_path):
     path = tmp_path / 'model.pt2'

@@ -7,7 +7,7 @@ import timm
 import torch
 from timm.data import resolve_data_config
 from timm.layers import convert_sync_batchnorm
-from timm.models import group_parameters
+from timm.models import group_modules, group_parameters
 from timm.models._features import FeatureGetterNet
 from timm.optim import create_optimizer_v2
 
@@ -176,6 +176,7 @@ def test_layer_groups(name):
     assert sorted(set(fine.values())) == list(range(depth + 2))
     assert sorted(set(coarse.values())) == list(range(blocks + 2))
     assert fine['features.conv0.weight'] == 0
+    assert group_modules(model, model.group_matcher(), reverse=True)['features.conv0'] == 0
     assert fine['features.norm5.weight'] == depth and fine['classifier.weight'] == depth + 1
     layers = [fine[f'features.denseblock1.denselayer{i}.conv1.weight'] for i in (1, 2, 6)]
     assert layers == [1, 2, 6] and fine['features.transition1.conv.weight'] == fine['features.transition1.norm.weight']

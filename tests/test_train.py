@@ -31,7 +31,6 @@ from timm_dense2net.options import parse_args
 from timm_dense2net.runs import RunFolder
 from timm_dense2net.trained import load_trained
 from timm_dense2net.trainer import Trainer, TrainingError
-from timm_dense2net.training_state import dump_state, load_state
 
 
 def linear_model():
@@ -397,16 +396,6 @@ def test_a_state_of_before_the_first_step_has_the_first_rate(tmp_path, more):
     before, after = (make_trainer(tmp_path, *more, '--epochs', '3') for _ in range(2))
     after.load_state_dict(before.state_dict())
     assert after.lr == before.lr
-
-
-@pytest.mark.parametrize('opt', ['sgd', 'lookahead_sgd'])
-def test_the_optimizer_keeps_its_layout_when_it_is_read_from_a_file(tmp_path, opt):
-    before, after = (make_trainer(tmp_path, *SMALL, '--channels-last', '--opt', opt) for _ in range(2))
-    before.fit()
-    after.load_state_dict(load_state(dump_state(before.state_dict())))
-    conv = after.model.get_parameter('features.denseblock1.denselayer1.conv2.convs.0.weight')
-    values = getattr(after.optimizer, '_base_optimizer', after.optimizer).state[conv]
-    assert values['momentum_buffer'].stride() == conv.stride() != torch.empty(conv.shape).stride()
 
 
 def test_torchcompile_compiles(tmp_path):

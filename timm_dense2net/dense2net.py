@@ -619,7 +619,7 @@ class Dense2Net(nn.Module):
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> Dict[str, Any]:
-        """Regular expressions that put every parameter in a layer group, for layer decay."""
+        """Regular expressions that put every parameter and module in a layer group, for layer decay."""
         final_norm = (r'^features\.norm5', MATCH_PREV_GROUP)
         if coarse:
             blocks = [(r'^features\.(?:denseblock|transition)(\d+)', None), final_norm]
@@ -629,7 +629,7 @@ class Dense2Net(nn.Module):
                 (r'^features\.transition(\d+)', MATCH_PREV_GROUP),
                 final_norm,
             ]
-        return dict(stem=r'^features\.(?:conv|norm)[012]\.', blocks=blocks)
+        return dict(stem=r'^features\.(?:conv|norm)[012]\b', blocks=blocks)
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:

@@ -55,7 +55,7 @@ class Parity(NamedTuple):
     difference: float
 
 
-def model_metadata(trained: TrainedModel, fuse: bool) -> dict[str, Any]:
+def model_metadata(trained: TrainedModel, fused: bool) -> dict[str, Any]:
     """What a caller of the exported file has to know, under the names that safetensors files of runs use."""
     config = trained.data_config
     keys = ('input_size', 'mean', 'std', 'interpolation', 'crop_pct', 'crop_mode')
@@ -63,7 +63,7 @@ def model_metadata(trained: TrainedModel, fuse: bool) -> dict[str, Any]:
         'model': trained.metadata.get('model') or trained.model.pretrained_cfg['architecture'],
         **{key: config[key] for key in keys},
         **({'class_names': trained.class_names} if trained.class_names else {}),
-        'fused': fuse,
+        'fused': fused,
         'timm_dense2net': __version__,
     }
 
@@ -195,11 +195,12 @@ def export_model(trained: TrainedModel, output: Path, file_format: str, fuse: bo
     # All three sizes differ from 1 and from each other: sizes that are equal in the example are taken for one.
     images = torch.zeros(2, channels, height + height // 8, width + width // 4)
     model = reparameterize_model(trained.model) if fuse else trained.model
+    fused = [type(module) for module in model.modules()] != [type(module) for module in trained.model.modules()]
     with replace_file(output) as temporary:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter('ignore')  # the exporters' notes on their own insides
-                kind.write(model, images, temporary, model_metadata(trained, fuse))
+                kind.write(model, images, temporary, model_metadata(trained, fused))
         except (RuntimeError, ValueError) as e:
             raise ExportError(f'{trained.name} cannot be exported: {one_line(e)}') from e
         # torch.export's form of a fused net takes no images whose last map is of one pixel.
@@ -247,7 +248,8 @@ def _build_parser() -> argparse.ArgumentParser:
     source.add_argument('--checkpoint', metavar='PATH', help=(
         "run folder, safetensors file or checkpoint of timm's train.py"))
     parser.add_argument('--format', choices=FORMATS, default='onnx', help='(%(default)s)')
-    parser.add_argument('--fuse', action='store_true', help='fold the norms into the convolutions first')
+    parser.add_argument('--fuse', action='store_true', help=(
+        'fold the norms into the convolutions first: faster with torch.export, not with ONNX Runtime'))
     parser.add_argument('--output', type=output_file, required=True, metavar='FILE', help=(
         'file to write, .onnx or .pt2'))
     return parser

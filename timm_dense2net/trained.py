@@ -153,6 +153,8 @@ def _create_for(
     check_model_name(name)
     config = timm.get_pretrained_cfg(name)
     shape = weights_shape(config.to_dict(), weights, metadata) if config else {}
+    if metadata.get('num_classes') == '0':  # there is no classifier to show it
+        shape['num_classes'] = 0
     return timm.create_model(name, **json.loads(metadata.get('model_args', '{}')) | model_kwargs | shape)
 
 
