@@ -16,6 +16,10 @@ from timm_dense2net.environment import environment, source_commit
 __all__ = ['DEVICE', 'in_process', 'machine', 'peak_mb_of', 'seconds']
 
 DEVICE = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
+if DEVICE.type == 'cuda':
+    # As in timm's benchmark.py and train_cifar.py. Convolutions compute so by default, and the training form takes
+    # matrix products for those of 1x1.
+    torch.backends.cuda.matmul.allow_tf32 = True
 COMMIT = source_commit() or 'unknown'  # before figures are written into the checkout
 
 
