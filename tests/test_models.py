@@ -76,7 +76,7 @@ def test_constructor_arguments(name, in_chans):
         create(name, device='meta', not_an_argument=1)
 
 
-@pytest.mark.parametrize('name', MODELS)
+@pytest.mark.parametrize('name', KINDS)
 def test_reset_classifier(name):
     model = create(name, device='meta', dtype=torch.float64, global_pool='max').train()
     model.reset_classifier(5)

@@ -47,6 +47,7 @@ from .search_space import SearchSpace, trial_args
 from .study import (
     check_same_study, draw_plots, finished_trials, give_out_again, may_be_pruned, open_study, write_best, write_trials)
 from .trainer import Trainer, TrainingError
+from .training_state import CHECKPOINT_FILE, PREVIOUS_FILE
 
 __all__ = ['Worker', 'search', 'main']
 
@@ -173,8 +174,8 @@ class Worker:
 
 
 def _drop_states(folder: Path) -> None:
-    for path in folder.glob('checkpoint*.safetensors'):
-        path.unlink()
+    for name in (CHECKPOINT_FILE, PREVIOUS_FILE):
+        (folder / name).unlink(missing_ok=True)
 
 
 def _describe(params: Mapping[str, Any]) -> str:
