@@ -130,7 +130,6 @@ import sys
 
 import train_cifar
 from timm_dense2net.engine import TrainStep
-from timm_dense2net.training_state import CHECKPOINT_FILE, save_state
 
 step = TrainStep.__call__
 

@@ -124,7 +124,8 @@ def differences(a, b, path=''):
         if a.keys() != b.keys():
             return [path]
         return [
-            found for key in a if key not in ('seconds', 'args') for found in differences(a[key], b[key], f'{path}.{key}')]
+            found for key in a if key not in ('seconds', 'args')
+            for found in differences(a[key], b[key], f'{path}.{key}')]
     if isinstance(a, (list, tuple)):
         if len(a) != len(b):
             return [path]

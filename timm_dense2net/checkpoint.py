@@ -1,6 +1,7 @@
 """Files of weights, in safetensors: tensors and texts, nothing that runs when it is read.
 
-Checkpoints of timm's train.py and training states are read too, by torch's `weights_only=True`, which runs nothing either.
+Checkpoints of timm's train.py and training states are read too, by torch's `weights_only=True`, which runs nothing
+either.
 """
 from __future__ import annotations
 

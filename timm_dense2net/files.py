@@ -12,7 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-__all__ = ['LEFTOVERS', 'output_file', 'replace_file', 'sha256_of', 'write_csv', 'write_json', 'write_synced', 'write_text']
+__all__ = [
+    'LEFTOVERS', 'output_file', 'replace_file', 'sha256_of', 'write_csv', 'write_json', 'write_synced', 'write_text']
 
 # What a process that is killed while it writes may leave, as a pattern for glob.
 LEFTOVERS = '.*.*.tmp.*'

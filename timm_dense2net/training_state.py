@@ -55,7 +55,7 @@ def save_state(folder: str | os.PathLike[str], state: Mapping[str, Any]) -> Path
 
 
 def dump_state(state: Mapping[str, Any]) -> bytes:
-    """The bytes of a training state's file: those of `torch.save`, then their SHA-256 digest, which torch reads past."""
+    """The bytes of a state's file: those of `torch.save`, then their SHA-256 digest, which torch reads past."""
     file = io.BytesIO()
     torch.save(state, file)
     file.seek(0)
@@ -72,10 +72,15 @@ def load_state(data: bytes) -> dict[str, Any]:
     Raises:
         CorruptCheckpointError: If the bytes are not a whole, unaltered training state.
     """
+    return torch.load(io.BytesIO(_checked_content(data)), map_location='cpu', weights_only=True)
+
+
+def _checked_content(data: bytes) -> bytes:
+    """What `torch.save` wrote, of a file's bytes that are as `dump_state` made them."""
     content, digest = data[:-_DIGEST_SIZE], data[-_DIGEST_SIZE:]
     if hashlib.sha256(content).digest() != digest:
         raise CorruptCheckpointError('the SHA-256 digest does not match: torn, altered or no training state')
-    return torch.load(io.BytesIO(content), map_location='cpu', weights_only=True)
+    return content
 
 
 def read_state_bytes(path: str | os.PathLike[str]) -> bytes | None:
@@ -100,7 +105,7 @@ def read_state_bytes(path: str | os.PathLike[str]) -> bytes | None:
     for file in candidates:
         data = file.read_bytes()
         try:
-            load_state(data)
+            _checked_content(data)
         except CorruptCheckpointError as e:
             faults.append(f'{file}: {e}')
             continue
