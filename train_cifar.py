@@ -5,7 +5,7 @@
     python train_cifar.py --recipe nano                                nothing to download, one to two minutes on a CPU
     torchrun --nproc-per-node 4 train_cifar.py --recipe strong -b 32 --data-dir data    one machine, four devices
     python train_cifar.py --resume output/RUN                          go on where a run ended
-    python train_cifar.py --eval-only --checkpoint output/RUN --data-dir data     test a run's last weights on CIFAR-100
+    python train_cifar.py --eval-only --checkpoint output/RUN --data-dir data     test a run's weights on CIFAR-100
 
 docs/training.md tells more; --help lists all options.
 """

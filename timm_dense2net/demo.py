@@ -3,7 +3,7 @@
     demo                                    packaged weights, at http://127.0.0.1:7860
     demo --checkpoint output/RUN            and a run of one's own
 
-Nothing is fetched from elsewhere. A Hugging Face Space needs one line: `build_demo().launch()`.
+Nothing is fetched from elsewhere. A Hugging Face Space needs one line: `build_demo().launch(max_file_size='64mb')`.
 """
 from __future__ import annotations
 

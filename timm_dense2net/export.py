@@ -1,7 +1,7 @@
 """`python -m timm_dense2net export`: a model as a file that runs without this package.
 
-    export --model dense2net40_k12_s4 --fuse --output dense2net40_k12_s4.onnx                for ONNX Runtime and others
-    export --checkpoint output/RUN --format torch-export --output model.pt2            for PyTorch alone
+    export --model dense2net40_k12_s4 --output dense2net40_k12_s4.onnx                 for ONNX Runtime and others
+    export --checkpoint output/RUN --format torch-export --fuse --output model.pt2     for PyTorch alone
 
 Both take float32 images (batch, channels, height, width), normalized, of any batch and image size, and give logits
 (batch, classes). The file carries what a caller has to know: classes, mean, std, size. It is read back and held to the

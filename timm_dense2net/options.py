@@ -210,7 +210,7 @@ def _add_speed_args(group: argparse._ArgumentGroup) -> None:
     group.add_argument('--torchcompile', nargs='?', const='inductor', metavar='BACKEND', help='compile the model')
     group.add_argument('--torchcompile-layers', action=_FLAG, default=False, help=(
         "compile what follows the bottlenecks of Dense2Net's layers, in a fraction of the time; has no effect on those "
-        'that train in a form of their own'))
+        'that train in a form of their own, on a GPU those with a hierarchy'))
     group.add_argument('--cuda-graph', action=_FLAG, default=False, help=(
         'capture forward and backward pass in a CUDA graph; has no effect on other devices'))
     group.add_argument('--sync-bn', action=_FLAG, default=False, help='batch statistics over all processes (GPU)')

@@ -15,7 +15,7 @@ from .cifar import CIFAR100_CLASSES
 from .convert import METADATA_KEY
 from .files import sha256_of, write_text
 from .public_args import is_place
-from .trained import tested_weights
+from .trained import weights_file
 
 __all__ = ['package_run', 'main']
 
@@ -35,7 +35,7 @@ def package_run(run: Path, recipe: str) -> Path:
         ValueError: If the weights are not for CIFAR-100's classes, do not say of which model they are, or that
             model was made with arguments or converted.
     """
-    state_dict, metadata = load_weights(tested_weights(run))
+    state_dict, metadata = load_weights(weights_file(run))
     if 'model' not in metadata or metadata.get('num_classes') != '100':
         raise ValueError(
             f'{run}: expected weights of a named model with 100 classes, got {metadata.get("model")} with '

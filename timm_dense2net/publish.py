@@ -27,7 +27,7 @@ from .hub import DIGEST_KEY, HUB_ERRORS, WEIGHTS_FILE, explain_hub_error
 from .options import ARGS_FILE, HOST_ARGS
 from .public_args import is_place, public_args
 from .results import RunResult, read_run
-from .trained import TrainedModel, load_checkpoint_model, tested_weights
+from .trained import TrainedModel, load_checkpoint_model
 
 __all__ = ['PublishError', 'write_hub_folder', 'push_hub_folder', 'main']
 
@@ -59,7 +59,7 @@ def write_hub_folder(run: Path, repo_id: str, output: Path) -> Path:
     """
     try:
         result = read_run(run)
-        trained = load_checkpoint_model(tested_weights(run))
+        trained = load_checkpoint_model(run)
     except (ValueError, OSError) as e:
         raise PublishError(f'{run}: {e}') from e
     if output.exists() and not (output / 'config.json').is_file():

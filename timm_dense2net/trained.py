@@ -27,7 +27,7 @@ from .packaged import is_packaged_file
 
 __all__ = [
     'TrainedModel', 'load_trained', 'load_pretrained_model', 'load_checkpoint_model', 'load_test_split', 'check_fits',
-    'tested_weights', 'weights_file', 'weights_shape', 'weights_config']
+    'weights_file', 'weights_shape', 'weights_config']
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def load_trained(
     Args:
         model: timm model name, `hf-hub:` or `local-dir:` name; with `checkpoint` only needed where the file does not
             say which model it is of.
-        checkpoint: Run folder (its last weights), safetensors file or checkpoint of timm's train.py.
+        checkpoint: Run folder (the weights that it tested), safetensors file or checkpoint of timm's train.py.
         model_kwargs: Further arguments of the model.
 
     Raises:
@@ -115,7 +115,7 @@ def load_checkpoint_model(
     """Builds the model that a file of weights is of, and loads them.
 
     Args:
-        path: Run folder (its last weights), safetensors file or checkpoint of timm's train.py.
+        path: Run folder (the weights that it tested), safetensors file or checkpoint of timm's train.py.
         name: timm model name, where the file does not say it.
         model_kwargs: Further arguments of the model.
 
@@ -208,16 +208,22 @@ def load_test_split(
 
 
 def weights_file(path: str | Path) -> Path:
-    """The file that a path to weights means: a run folder's last weights, else the path itself."""
+    """The file that a path to weights means: the weights that a run folder's figures are of, else the path itself.
+
+    Those are the run's last, or with `--hold-out` its best; before the run has figures, its last so far.
+
+    Raises:
+        ValueError: If the run's figures cannot be read.
+    """
     path = Path(path)
-    return path / 'last.safetensors' if path.is_dir() else path
-
-
-def tested_weights(run: Path) -> Path:
-    """The file of weights that a run's test figures are of: the last, or with `--hold-out` the best."""
-    path = run / 'result.json'
-    tested = json.loads(path.read_text(encoding='utf-8')).get('tested', 'last') if path.is_file() else 'last'
-    return run / f'{tested}.safetensors'
+    if not path.is_dir():
+        return path
+    result = path / 'result.json'
+    try:
+        tested = json.loads(result.read_text(encoding='utf-8')).get('tested', 'last') if result.is_file() else 'last'
+    except (AttributeError, ValueError) as e:
+        raise ValueError(f'{result} cannot be read: {one_line(e)}') from None
+    return path / f'{tested}.safetensors'
 
 
 def weights_config(metadata: Mapping[str, str]) -> dict[str, Any]:
