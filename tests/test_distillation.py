@@ -170,6 +170,33 @@ def test_weights_of_more_splits_start_a_net_of_fewer(tmp_path, cardinality):
     assert all(torch.equal(own[name], others[name]) for name in own if '.conv2.' not in name)
 
 
+@pytest.mark.parametrize('before', [1, 4])
+def test_weights_of_fewer_groups_start_a_net_of_more(tmp_path, before):
+    """A convolution of the new hierarchy does to each of its groups what the old one did to it alone."""
+    small = dict(block_config=(1, 2), num_classes=10)
+    source = timm.create_model('dense2net121_s4', cardinality=before, **small).eval()
+    file = tmp_path / 'source.safetensors'
+    save_weights(file, source.state_dict(), {})
+    target = timm.create_model('dense2net121_s4', cardinality=16, **small)
+    overlay = pretrained_overlay(file, target, [str(i) for i in range(10)])
+    target = timm.create_model(
+        'dense2net121_s4', cardinality=16, pretrained=True, pretrained_cfg_overlay=overlay, **small).eval()
+    pairs = [
+        (new, old) for new, old in zip(target.modules(), source.modules()) if isinstance(new, SplitHierarchyConv2d)]
+    assert len(pairs) == 3
+    x = torch.randn(2, 32, 8, 8)
+    for new, old in pairs:
+        for new_conv, old_conv in zip(new.convs, old.convs, strict=True):
+            assert new_conv.groups == 16
+            got = new_conv(x)
+            for first in range(0, 32, 2):
+                alone = torch.zeros_like(x)
+                alone[:, first:first + 2] = x[:, first:first + 2]
+                torch.testing.assert_close(got[:, first:first + 2], old_conv(alone)[:, first:first + 2])
+    own, others = target.state_dict(), source.state_dict()
+    assert all(torch.equal(own[name], others[name]) for name in own if '.convs.' not in name)
+
+
 @pytest.mark.parametrize('model_args', [dict(growth_rate=24), dict(cardinality=32)])
 def test_splits_that_do_not_go_together_stay_apart(tmp_path, model_args):
     file = tmp_path / 'source.safetensors'

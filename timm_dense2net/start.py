@@ -22,7 +22,7 @@ _logger = logging.getLogger(__name__)
 
 
 def start_file(name: str | Path) -> Path:
-    """The file of weights that a run starts from: packaged weights by name, a run folder's last ones, or a file."""
+    """The file of weights that a run starts from: packaged weights by name, those that a run tested, or a file."""
     return Path(packaged_file(str(name))) if is_packaged(name) else weights_file(name)
 
 
@@ -43,12 +43,13 @@ def pretrained_overlay(path: str | Path, model: nn.Module, class_names: Sequence
     """A file of weights in the place of those that a model's name stands for.
 
     timm adapts head and first convolution as it does for weights of its own. Weights of as many classes as are trained
-    on keep their head, unless the file names other classes. Attention that they were trained without is new, and a
-    hierarchy of fewer splits starts from convolutions side by side.
+    on keep their head, unless the file names other classes. Attention that they were trained without is new, a
+    hierarchy of fewer splits starts from convolutions side by side, and one of more groups from the kernels within its
+    groups.
 
     Args:
-        path: Run folder (its last weights), safetensors file, checkpoint of timm's train.py, or packaged weights
-            (``ARCH.TAG``).
+        path: Run folder (the weights that it tested), safetensors file, checkpoint of timm's train.py, or packaged
+            weights (``ARCH.TAG``).
         model: The timm model that they are for, with other weights.
         class_names: Names of the classes that it is to tell apart.
 
@@ -65,7 +66,7 @@ def pretrained_overlay(path: str | Path, model: nn.Module, class_names: Sequence
     merged = _merged_splits(model, weights)
     if merged.keys() != weights.keys():
         _logger.info(f'{path}: of more splits than the model, whose 3x3 convolutions start from theirs, side by side')
-    weights = _attention(model) | merged
+    weights = _attention(model) | _within_groups(model, merged)
     _check_names(path, weights, metadata, model)
     shape = weights_shape(model.pretrained_cfg, weights, metadata)
     num_classes = shape.get('num_classes', 0)
@@ -132,6 +133,27 @@ def _side_by_side(kernels: Sequence[torch.Tensor], inputs: int) -> torch.Tensor:
     for first in range(0, len(rows), width):
         merged[first:first + width, first % inputs:first % inputs + width] = rows[first:first + width]
     return merged
+
+
+def _within_groups(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Weights of hierarchies of as many groups as the model has, where the file has a divisor of them."""
+    grouped = dict(weights)
+    for name, layer in model.named_modules():
+        if isinstance(layer, SplitHierarchyConv2d):
+            for i, conv in enumerate(layer.convs):
+                key, inputs = f'{name}.convs.{i}.weight', layer.width // layer.groups
+                kernel = weights.get(key)
+                if kernel is not None and len(kernel) == layer.width and kernel.shape[1] % inputs == 0:
+                    grouped[key] = _blocks(kernel, inputs)
+    return grouped
+
+
+def _blocks(kernel: torch.Tensor, inputs: int) -> torch.Tensor:
+    """Of a kernel (O, I, H, W) that (O, inputs, H, W) by which each output channel reads its own group."""
+    before = kernel.shape[1]
+    return torch.cat([
+        kernel[first:first + inputs, first % before:first % before + inputs]
+        for first in range(0, len(kernel), inputs)])
 
 
 def _check_names(
