@@ -171,14 +171,16 @@ def test_weights_of_more_splits_start_a_net_of_fewer(tmp_path, cardinality):
 
 
 @pytest.mark.parametrize('before', [1, 4])
-def test_weights_of_fewer_groups_start_a_net_of_more(tmp_path, before):
+def test_weights_of_fewer_groups_start_a_net_of_more(tmp_path, caplog, before):
     """A convolution of the new hierarchy does to each of its groups what the old one did to it alone."""
     small = dict(block_config=(1, 2), num_classes=10)
     source = timm.create_model('dense2net121_s4', cardinality=before, **small).eval()
     file = tmp_path / 'source.safetensors'
     save_weights(file, source.state_dict(), {})
     target = timm.create_model('dense2net121_s4', cardinality=16, **small)
-    overlay = pretrained_overlay(file, target, [str(i) for i in range(10)])
+    with caplog.at_level('INFO'):
+        overlay = pretrained_overlay(file, target, [str(i) for i in range(10)])
+    assert f'{file}: of fewer groups than the model' in caplog.text and 'side by side' not in caplog.text
     target = timm.create_model(
         'dense2net121_s4', cardinality=16, pretrained=True, pretrained_cfg_overlay=overlay, **small).eval()
     pairs = [

@@ -39,8 +39,8 @@ def test_recipe_parses_and_names_a_model(name):
     for key, value in load_recipe(name, build_parser()).items():
         assert getattr(args, key) == value
     assert not args.pretrained or args.model in timm.list_pretrained()
-    if args.pretrained_path:  # the run of another recipe, or packaged weights
-        run = Path(args.pretrained_path)
+    for path in filter(None, (args.pretrained_path, args.kd_pretrained_path)):  # of another recipe, or packaged
+        run = Path(path)
         assert is_packaged(run) or run.parent == Path('output') and run.name in list_recipes()
 
 

@@ -66,7 +66,10 @@ def pretrained_overlay(path: str | Path, model: nn.Module, class_names: Sequence
     merged = _merged_splits(model, weights)
     if merged.keys() != weights.keys():
         _logger.info(f'{path}: of more splits than the model, whose 3x3 convolutions start from theirs, side by side')
-    weights = _attention(model) | _within_groups(model, merged)
+    grouped = _kernels_within_groups(model, merged)
+    if grouped:
+        _logger.info(f'{path}: of fewer groups than the model, whose 3x3 kernels start from theirs within its groups')
+    weights = _attention(model) | merged | grouped
     _check_names(path, weights, metadata, model)
     shape = weights_shape(model.pretrained_cfg, weights, metadata)
     num_classes = shape.get('num_classes', 0)
@@ -135,16 +138,16 @@ def _side_by_side(kernels: Sequence[torch.Tensor], inputs: int) -> torch.Tensor:
     return merged
 
 
-def _within_groups(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Weights of hierarchies of as many groups as the model has, where the file has a divisor of them."""
-    grouped = dict(weights)
+def _kernels_within_groups(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Kernels of hierarchies of as many groups as the model has, where the file has fewer, a divisor of them."""
+    grouped = {}
     for name, layer in model.named_modules():
         if isinstance(layer, SplitHierarchyConv2d):
-            for i, conv in enumerate(layer.convs):
-                key, inputs = f'{name}.convs.{i}.weight', layer.width // layer.groups
-                kernel = weights.get(key)
-                if kernel is not None and len(kernel) == layer.width and kernel.shape[1] % inputs == 0:
-                    grouped[key] = _blocks(kernel, inputs)
+            inputs = layer.width // layer.groups
+            for key in (f'{name}.convs.{i}.weight' for i in range(layer.scale - 1)):
+                outputs, before = weights[key].shape[:2] if key in weights else (0, 0)
+                if outputs == layer.width and before > inputs and before % inputs == 0:
+                    grouped[key] = _blocks(weights[key], inputs)
     return grouped
 
 
