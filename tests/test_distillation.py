@@ -127,7 +127,7 @@ def test_teacher_of_packaged_weights_is_in_its_form_for_inference():
 @pytest.mark.parametrize('more, words', [
     (['--kd-model-name', 'dense2net9'], ['--kd-model-name', "'dense2net9'"]),
     (['--kd-model-name', 'dense2net121_s8', '--kd-pretrained-path', 'x'], ['--kd-model-name', '--kd-pretrained-path']),
-    (['--kd-model-name', 'dense2net121_s4_c32'], ['No pretrained weights exist for dense2net121_s4_c32']),
+    (['--kd-model-name', 'dense2net169_s8'], ['No pretrained weights exist for dense2net169_s8']),
     (['--kd-model-name', 'dense2net40_k12_s4'], ['dense2net40_k12_s4 has 100 classes, the data 10']),
     (['--kd-pretrained-path', 'nowhere'], ['--kd-pretrained-path', 'nowhere']),
     (['--kd-model-name', 'test_resnet', '--kd-temperature', '0'], ['--kd-temperature', 'above 0', '0']),
