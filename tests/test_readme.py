@@ -5,7 +5,7 @@ from pathlib import Path
 
 import timm
 
-from timm_dense2net.listing import main, model_table
+from timm_dense2net.listing import main
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / 'README.md').read_text()
@@ -13,8 +13,8 @@ README = (ROOT / 'README.md').read_text()
 
 def test_model_table_is_the_command_s(capsys):
     table = README.split('<!-- models:begin -->\n')[1].split('\n<!-- models:end -->')[0]
-    assert table == model_table(), 'run: python -m timm_dense2net models'
-    assert main([]) == 0 and capsys.readouterr().out == table + '\n'
+    assert main([]) == 0
+    assert capsys.readouterr().out == table + '\n', 'run: python -m timm_dense2net models'
 
 
 def test_models_of_an_unknown_module(capsys):
