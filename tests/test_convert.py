@@ -212,6 +212,18 @@ def test_features(name):
         assert len(hierarchies(features)) == len(hierarchies(model))
 
 
+@pytest.mark.parametrize('base, kwargs', [
+    ('dla34', {}), ('vgg11_bn', {}), ('densenet40_k12_cifar', dict(block_config=(2, 2)))])
+def test_features_of_a_published_model_are_those_of_its_base(base, kwargs):
+    kwargs = dict(kwargs, device='meta')
+    conversion = convert_res2net(timm.create_model(base, **kwargs), 4).res2net_conversion
+    own = timm.create_model(base, features_only=True, **kwargs)
+    published = timm.create_model(
+        'res2net_converted', base=base, conversion=conversion, features_only=True, **kwargs)
+    assert [dict(info, module='') for info in published.feature_info.get_dicts()] == [
+        dict(info, module='') for info in own.feature_info.get_dicts()]
+
+
 @pytest.mark.parametrize('name', MODELS)
 def test_reset_classifier_and_layer_groups(name):
     model = convert(name, device='meta')

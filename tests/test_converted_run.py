@@ -111,6 +111,7 @@ def test_published_model_loads_by_timm(output, hub_folder):
     assert other.res2net_conversion['scale'] == SCALE and logits(other).shape == (2, 3)
     backbone = timm.create_model(f'local-dir:{hub_folder}', pretrained=True, features_only=True, out_indices=(1, 2))
     assert [f.shape[1] for f in logits(backbone)] == backbone.feature_info.channels()
+    assert 'res2net_converted' not in timm.list_models()  # which sweeps create without arguments
     args = ('--model', f'local-dir:{hub_folder}', '--pretrained', '--epochs', 1)
     assert run_here(arguments(output, *args, name='on')) == 0
     assert run_here(['--resume', output / 'on', '--epochs', 2]) == 0

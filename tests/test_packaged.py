@@ -83,6 +83,31 @@ def test_weights_adapt_to_other_heads_and_inputs():
     assert timm.create_model(NAME, pretrained=True, num_classes=0).eval()(x).shape == (2, model.num_features)
 
 
+def test_names_of_classes_come_with_the_weights():
+    """As timm's inference.py reads them; not with random weights, nor where the classifier is another."""
+    def names(**kwargs):
+        return timm.create_model(NAME, **kwargs).pretrained_cfg.get('label_names')
+
+    own = timm.create_model(NAME).state_dict()
+    assert names(pretrained=True) == CIFAR100_CLASSES
+    assert names() is names(pretrained=True, num_classes=7) is None
+    assert names(pretrained=True, pretrained_cfg_overlay=dict(state_dict=own)) is None
+    assert names(pretrained=True, features_only=True) is None
+
+
+def test_weights_of_other_classes_by_timms_train_script():
+    """It gives -1 classes with the file: the net has its own number of them, its classifier random weights."""
+    overlay = dict(file=packaged.packaged_file(f'{NAME}.small_c100'), num_classes=-1)
+    model = timm.create_model(NAME, pretrained=True, pretrained_cfg_overlay=overlay)
+    stored = load_file(overlay['file'])
+    assert torch.equal(model.features.conv0.weight, stored['features.conv0.weight'].float())
+    assert model.num_classes == 100
+    assert not torch.equal(model.classifier.weight, stored['classifier.weight'].float())
+    assert 'label_names' not in model.pretrained_cfg
+    large = timm.create_model('dense2net121d_s8', pretrained_cfg_overlay=dict(num_classes=-1), device='meta')
+    assert large.num_classes == 1000
+
+
 def test_best_packaged_weights_are_those_of_the_highest_top1():
     with open(ROOT / 'results' / 'results.csv', newline='') as f:
         rows = [row for row in csv.DictReader(f) if row['dataset'] == 'cifar100']

@@ -16,6 +16,7 @@ import timm
 import torch.nn as nn
 from timm.layers import create_conv2d, get_device_dtype
 from timm.models import build_model_with_cfg, is_model, model_entrypoint, register_model
+from timm.models._registry import _deprecated_models
 from timm.models.res2net import Bottle2neck
 
 from .counts import count_macs, count_params
@@ -237,6 +238,8 @@ def res2net_converted(
     def create(**model_args: Any) -> nn.Module:
         return reapply_conversion(model_entrypoint(base)(**model_args), conversion)
 
+    if kwargs.get('features_only') and 'out_indices' not in kwargs:
+        kwargs['out_indices'] = _own_out_indices(base, kwargs)
     source_args = kwargs.get('pretrained_model_args') or {}
     model = build_model_with_cfg(
         create, 'res2net_converted', pretrained, feature_cfg=dict(feature_cls='getter'), **kwargs)
@@ -245,6 +248,16 @@ def res2net_converted(
     model.pretrained_model_args = {
         key: value for key, value in source_args.items() if key not in ('base', 'conversion')}
     return model
+
+
+# Without a record it makes no model, and `timm.list_models` is what one sweeps over; timm keeps such names here.
+_deprecated_models['res2net_converted'] = None
+
+
+def _own_out_indices(base: str, kwargs: Mapping[str, Any]) -> tuple[int, ...]:
+    """The features that a model gives by default, where timm has the first five for any without a choice of its own."""
+    model_args = {key: value for key, value in kwargs.items() if key != 'cache_dir' and not key.startswith('pretrained')}
+    return timm.create_model(base, **dict(model_args, device='meta')).feature_info.out_indices
 
 
 def _report(name: str, scale: int, num_classes: int | None, img_size: int | None) -> str:

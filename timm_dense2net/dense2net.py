@@ -24,19 +24,19 @@ from timm.layers import (
     create_conv2d,
     get_device_dtype,
 )
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import build_model_with_cfg, generate_default_cfgs, get_pretrained_cfg, register_model
 from timm.models._builder import resolve_pretrained_cfg
 from timm.models._features import feature_take_indices
 from timm.models._manipulate import MATCH_PREV_GROUP
 
-from .cifar import CIFAR100_MEAN, CIFAR100_STD
+from .cifar import CIFAR100_CLASSES, CIFAR100_MEAN, CIFAR100_STD
 from .fused import (
     FusedDenseBlock, FusedDenseTransition, FusedFeatures, FusedSplitHierarchyConv2d, is_fusable)
 from .hooks import has_hooks, has_own_hooks, is_transformed
 from .in_place import runs_by_parts
 from .memory_pool import PoolOwner
 from .named_layers import create_attn_layer, find_norm_act_layer
-from .packaged import check_pretrained, packaged_file
+from .packaged import check_pretrained, is_packaged_file, packaged_file
 from .parts import image_parts
 from .training_form import block_has_training_form, block_in_training, has_training_form, transition_in_training
 
@@ -768,17 +768,26 @@ def _create_dense2net(variant: str, pretrained: bool = False, **kwargs) -> Dense
     if 'file' not in overlay and (overlay.get('hf_hub_id') or overlay.get('url')):
         # timm would take the packaged file first.
         overlay = kwargs['pretrained_cfg_overlay'] = dict(overlay, file=None)
+    cfg = resolve_pretrained_cfg(variant, kwargs.get('pretrained_cfg'), overlay)
     if pretrained:
-        check_pretrained(resolve_pretrained_cfg(variant, kwargs.get('pretrained_cfg'), overlay))
+        check_pretrained(cfg)
+    if cfg.num_classes < 0:
+        # By timm's train.py, for weights of other classes: it is the net's own number that is wanted.
+        kwargs.setdefault('num_classes', get_pretrained_cfg(variant).num_classes)
     _check_block_config(kwargs['block_config'])
     num_features = len(kwargs['block_config']) + 1
-    return build_model_with_cfg(
+    model = build_model_with_cfg(
         Dense2Net,
         variant,
         pretrained,
         feature_cfg=dict(flatten_sequential=True, out_indices=tuple(range(num_features))),
         **kwargs,
     )
+    is_packaged = pretrained and is_packaged_file(cfg.file) and not cfg.state_dict
+    if is_packaged and getattr(model, 'num_classes', None) == cfg.num_classes:
+        # Not in the cfgs: a classifier with random weights has no names of classes.
+        model.pretrained_cfg['label_names'] = CIFAR100_CLASSES
+    return model
 
 
 def _cfg(**kwargs) -> Dict[str, Any]:

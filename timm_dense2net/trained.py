@@ -15,7 +15,6 @@ from timm.data import resolve_input_data_config
 from timm.models import get_arch_name
 
 from .checkpoint import check_finite, load_weights
-from .cifar import CIFAR100_CLASSES
 from .convert import conversion_in, reapply_conversion
 from .data import load_images
 from .errors import one_line
@@ -23,7 +22,6 @@ from .hub import LOAD_ERRORS, check_weights, explain_hub_error
 from .images import PREPROCESSING, Images
 from .meta import check_input
 from .names import check_model_name, check_model_or_source, layer_names
-from .packaged import is_packaged_file
 
 __all__ = [
     'TrainedModel', 'load_trained', 'load_pretrained_model', 'load_checkpoint_model', 'load_test_split', 'check_fits',
@@ -102,8 +100,6 @@ def load_pretrained_model(name: str, model_kwargs: dict[str, Any] | None = None)
     class_names = cfg.get('label_names')
     if isinstance(class_names, Mapping):  # from class indices, as texts in JSON
         class_names = [class_names[index] for index in sorted(class_names, key=int)]
-    if class_names is None and is_packaged_file(cfg.get('file')) and model.num_classes == 100:
-        class_names = CIFAR100_CLASSES
     return TrainedModel(name, model, resolve_input_data_config(model), _names(class_names, model.num_classes), {})
 
 
