@@ -40,7 +40,7 @@ def test_list_pretrained_is_true():
         f'{NAME}.small_c100', f'{NAME}.quick_c100', f'{NAME}.sprint_40_k12_c100', 'dense2net100_k12_s4.small_c100',
         'dense2net100_k12_s4.small_ft_c100', 'dense2net100_k12_s4.sprint_k12_c100',
         'dense2net121_s8.short_ft7_c100', 'dense2net121_s8.sprint_c100', 'dense2net121_s8_se.sprint_s8_se_c100',
-        'dense2net121_s2.sprint_s2_c100', 'dense2net121_s4.merged_s4_c100', 'dense2net121_s4_c32.sprint_s4_c32_c100',
+        'dense2net121_s2.sprint_s2_c100', 'dense2net121_s4.merged_s4_c100', 'dense2net121_s4_c32.sprint_s4_c32_ft_c100',
         'dense2net121_s4_se.sprint_s4_se_c100', 'densenet40_k12_cifar.small_c100',
     } <= set(TAGGED)
     ours = {n for n in timm.list_pretrained() if n.split('.')[0] in timm.list_models(module='dense2net')}

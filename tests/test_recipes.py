@@ -26,8 +26,8 @@ def test_packaged_recipes():
         'short_se', 'short_s2', 'short_s4', 'short_s4_se', 'short_s8', 'short_s8_se',
     )
     sprint = (
-        'sprint', 'sprint_s2', 'sprint_s4', 'sprint_s4_c32', 'sprint_s4_se', 'sprint_s8', 'sprint_s8_se', 'sprint_k12',
-        'sprint_40_k12',
+        'sprint', 'sprint_s2', 'sprint_s4', 'sprint_s4_c32', 'sprint_s4_c32_ft', 'sprint_s4_se', 'sprint_s8',
+        'sprint_s8_se', 'sprint_k12', 'sprint_40_k12',
     )
     assert set(list_recipes()) == {*DECK, 'strong', *sprint, *short, 'merged_s4', 'small', 'small_ft', 'quick', 'nano'}
 

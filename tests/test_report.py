@@ -125,6 +125,9 @@ def test_what_a_run_was_given_beyond_its_recipe_is_told(tmp_path):
     assert read_run(shape).overrides == "model_kwargs={'block_config':[4,4]}"  # one word
     row, = summarise([changed])
     assert row.title == '`deck_s8` `drop_path=0.1` `epochs=3` `lr=0.05`'
+    for path, told in (('elsewhere/short_ft', ''), ('elsewhere/other', 'pretrained_path')):  # of output/short_ft
+        run = make_run(tmp_path, Path(path).name, dict(pretrained_path=path), recipe='short_ft2')
+        assert read_run(run).overrides == told
 
 
 def test_runs_of_no_packaged_recipe_tell_what_they_were_given(tmp_path):

@@ -814,7 +814,7 @@ default_cfgs = generate_default_cfgs({
     'dense2net121_s4.merged_s4_c100': _cfg(file=packaged_file('dense2net121_s4.merged_s4_c100')),
     'dense2net121_s8.sprint_c100': _cfg(file=packaged_file('dense2net121_s8.sprint_c100')),
     'dense2net121_s8.short_ft7_c100': _cfg(file=packaged_file('dense2net121_s8.short_ft7_c100')),
-    'dense2net121_s4_c32.sprint_s4_c32_c100': _cfg(file=packaged_file('dense2net121_s4_c32.sprint_s4_c32_c100')),
+    'dense2net121_s4_c32.sprint_s4_c32_ft_c100': _cfg(file=packaged_file('dense2net121_s4_c32.sprint_s4_c32_ft_c100')),
     'dense2net121_s4_se.sprint_s4_se_c100': _cfg(file=packaged_file('dense2net121_s4_se.sprint_s4_se_c100')),
     'dense2net121_s8_se.sprint_s8_se_c100': _cfg(file=packaged_file('dense2net121_s8_se.sprint_s8_se_c100')),
     'densenet40_k12_cifar.small_c100': _cfg(

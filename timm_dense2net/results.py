@@ -165,7 +165,7 @@ def _overrides(recipe: str, args: Mapping[str, Any], world_size: int) -> str:
     # A path is not told: that weights were given is. Spaces stand between words only.
     words = [
         name if is_place(name, args[name]) else f'{name}={args[name]}'.replace(' ', '') for name in sorted(args)
-        if name in expected and name not in _NOT_OVERRIDES | noted and args[name] != expected[name]]
+        if name in expected and name not in _NOT_OVERRIDES | noted and not _is_same(name, args[name], expected[name])]
     from_name = args.get('pretrained') and not is_place('model', args['model'])
     if from_name and _tag(args['model']) != _tag(expected['model']):
         words.append(f'model={args["model"]}')
@@ -173,6 +173,13 @@ def _overrides(recipe: str, args: Mapping[str, Any], world_size: int) -> str:
     if batch != expected['batch_size'] * expected['grad_accum_steps']:
         words.append(f'batch={batch}')
     return ' '.join(words)
+
+
+def _is_same(name: str, value: Any, expected: Any) -> bool:
+    """Whether an argument is what its recipe says: of a run that it starts from, wherever that lies."""
+    if value and expected and is_place(name, value) and is_place(name, expected):
+        return Path(value).name == Path(expected).name
+    return value == expected
 
 
 def _tag(model: str) -> str:
