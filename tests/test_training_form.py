@@ -595,3 +595,13 @@ def test_full_net_keeps_less_with_checkpointing():
         plain = kept(model, x)
     assert ours < 0.5 * plain
     assert checkpointed < 0.25 * plain
+
+
+def test_kernels_are_tried_only_where_something_trains(monkeypatch):
+    """On a device other than the CPU: trying compiles them."""
+    tried = []
+    monkeypatch.setattr(training_form, 'runs_on_kernels', tried.append)
+    block = Dense2Net(8, (2,), num_classes=5, scale=4, device='meta').features.denseblock1
+    x = torch.empty(2, 16, 8, 8, device='meta')
+    assert not training_form.has_training_form(block.eval(), x) and not tried
+    assert not training_form.has_training_form(block.train(), x) and tried

@@ -25,15 +25,15 @@ _logger = logging.getLogger(__name__)
 
 def runs_on_kernels(x: torch.Tensor) -> bool:
     """Whether x lies where the training form is that of `training_form_gpu.py`."""
-    return x.device.type == 'cuda' and _has_triton()
+    return x.device.type == 'cuda' and _has_triton(x.device)
 
 
 @lru_cache
-def _has_triton() -> bool:
+def _has_triton(device: torch.device) -> bool:
     # It comes with torch, but not on every system, and needs a compiler of C besides.
     try:
         from .norm_kernels import try_kernels
-        try_kernels(torch.device('cuda'))
+        try_kernels(device)
     except Exception as e:  # of many kinds, all of which mean the same
         _logger.warning(f'Training without the kernels of norm_kernels.py: {one_line(e)}')
         return False

@@ -66,13 +66,16 @@ def plain_form() -> Iterator[None]:
 @torch.jit.ignore
 def has_training_form(module: nn.Module, x: torch.Tensor) -> bool:
     """Whether a block or transition can run on x (N, C, H, W) in the training form: eagerly, on what that covers."""
+    # First of all: where nothing trains, no kernel is compiled to see whether it works.
+    if not module.training:
+        return False
     # Autograd functions with buffers go neither under torch.func nor forward, and are no graph for what records
     # operations or copies what they change.
     if not _enabled or is_transformed(x) or torch._C._len_torch_dispatch_stack() > 0:
         return False
     if not is_plain_tensor(x) or not (x.device.type == 'cpu' or runs_on_kernels(x)):
         return False
-    if not module.training or x.numel() <= x.shape[1]:
+    if x.numel() <= x.shape[1]:
         return False
     params_dtype = torch.promote_types(x.dtype, torch.float32)
     autocasts = torch.is_autocast_enabled(x.device.type)
