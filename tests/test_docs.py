@@ -39,7 +39,7 @@ NOT_RUN = {
     r'pip install ': 'the tests run in an environment that has it; the extras it names are checked',
     r'python -m pytest': 'it is what runs this',
     r'torchrun .*train_cifar\.py ': 'test_distributed.py starts torchrun; its arguments are parsed',
-    r'python train\.py |python -m timm_dense2net (train|validate)\.py |torchrun .* -m timm_dense2net train\.py ':
+    r'python train\.py |(python|torchrun .*) -m timm_dense2net (train|validate|bulk_runner)\.py ':
         "timm's scripts are not in its wheel; the model it names is looked up, test_entry_points.py runs such scripts, "
         "and test_fine_tuning.py timm's own where TIMM_TRAIN_SCRIPT is set",
     r'python benchmarks/': 'it measures the machine for minutes; its options are parsed',
@@ -125,6 +125,8 @@ def check_as_it_stands(command):
         parse_args(words[words.index('train_cifar.py') + 1:])
     elif 'train.py' in command or 'validate.py' in command:
         assert timm.is_model(words[words.index('--model') + 1]), command
+    elif 'bulk_runner.py' in command:
+        assert timm.list_models(words[words.index('--model-list') + 1]), command
     elif 'benchmarks/' in command:
         check_options(words, help_of_script(words[1]))
     elif 'timm_dense2net' in command:
