@@ -15,6 +15,7 @@ import math
 import signal
 import sys
 from contextlib import closing, nullcontext
+from pathlib import Path
 
 import torch
 from timm.utils import setup_default_logging
@@ -81,7 +82,7 @@ def main(argv: list[str] | None = None) -> int:
             except Interrupted as e:
                 if processes.primary:
                     print(
-                        f'{e}: the state is saved, go on with --resume {args.output}/{args.experiment}',
+                        f'{e}: the state is saved, go on with --resume {Path(args.output, args.experiment)}',
                         file=sys.stderr)
                 return 128 + e.signum
     except KeyboardInterrupt:

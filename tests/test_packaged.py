@@ -205,6 +205,8 @@ def test_the_weights_that_the_run_tested_are_packaged(tmp_path, monkeypatch, cap
     (tmp_path / 'result.json').write_text('{')
     assert package_main([str(tmp_path), '--recipe', 'quick']) == 1
     assert f'{tmp_path / "result.json"} cannot be read' in capsys.readouterr().err
+    assert package_main([str(tmp_path), '--recipe', '../quick']) == 1
+    assert "got '../quick'" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(not CIFAR100.is_dir(), reason='needs ../shared/cifar100, the CIFAR-100 parquet files')

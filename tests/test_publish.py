@@ -392,9 +392,14 @@ def test_altered_local_weights_are_noticed(run):
 
 def test_a_hub_folder_is_replaced_and_nothing_else_is(run, tmp_path, capsys):
     assert main([str(run), '--repo-id', REPO]) == 0
-    (run / 'hub' / 'old').touch()
+    (run / 'hub' / 'per_class.csv').touch()  # of a run that had one
     assert main([str(run), '--repo-id', REPO]) == 0
-    assert not (run / 'hub' / 'old').exists()
+    assert not (run / 'hub' / 'per_class.csv').exists()
+    (run / 'hub' / '.git').mkdir()
+    capsys.readouterr()
+    assert main([str(run), '--repo-id', REPO]) == 1
+    assert capsys.readouterr().err.startswith(f'error: {run / "hub"} holds .git, which publish does not write')
+    assert (run / 'hub' / '.git').is_dir()
     own = tmp_path / 'own'
     own.mkdir()
     (own / 'thesis.tex').touch()

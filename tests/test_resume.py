@@ -309,6 +309,9 @@ def test_weights_of_a_later_epoch_are_not_tested_as_an_earlier_state(tmp_path, r
 def test_run_that_is_there_is_not_overwritten(tmp_path, reference, capsys):
     assert run_here(arguments(reference.parent)) == 1
     assert 'already holds a run' in capsys.readouterr().err
+    shutil.copytree(reference, tmp_path / 'run', ignore=shutil.ignore_patterns('checkpoint*'))
+    assert run_here(arguments(tmp_path)) == 1
+    assert f'{tmp_path / "run"} already holds a finished run' in capsys.readouterr().err
 
 
 def test_a_run_that_another_process_writes_is_left_alone(tmp_path, reference, capsys):

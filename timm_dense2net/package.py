@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -32,9 +33,11 @@ def package_run(run: Path, recipe: str) -> Path:
 
     Raises:
         FileNotFoundError: If the run has no weights.
-        ValueError: If the weights are not for CIFAR-100's classes, do not say of which model they are, or that
-            model was made with arguments or converted.
+        ValueError: If the recipe's name cannot be part of a file's, or the weights are not for CIFAR-100's classes, do
+            not say of which model they are, or that model was made with arguments or converted.
     """
+    if not re.fullmatch(r'\w[\w.-]*', recipe):  # it becomes part of a file's name
+        raise ValueError(f'a tag consists of letters, digits, -, _ and ., got {recipe!r}')
     state_dict, metadata = load_weights(weights_file(run))
     if 'model' not in metadata or metadata.get('num_classes') != '100':
         raise ValueError(

@@ -35,6 +35,9 @@ __all__ = ['PublishError', 'write_hub_folder', 'push_hub_folder', 'main']
 _RUN_FILES = (
     'report.json', 'summary.csv', 'curves.png', 'confusion_matrix.png', 'per_class.csv', 'per_superclass.csv')
 
+# All that a folder written here may hold; one with more has a use besides, as a clone of a repository has.
+_HUB_FILES = {'README.md', 'config.json', 'recipe.yaml', WEIGHTS_FILE, *_RUN_FILES}
+
 # Arguments that are not given away; `recipe` would make a run's arguments of the recipe.
 _OWN_ARGS = HOST_ARGS | {'recipe'}
 
@@ -55,15 +58,15 @@ def write_hub_folder(run: Path, repo_id: str, output: Path) -> Path:
         `output`.
 
     Raises:
-        PublishError: If the run is not finished, its weights cannot be used, or `output` is something else.
+        PublishError: If the run is not finished, its weights cannot be used, or `output` is something else or holds
+            something else besides.
     """
     try:
         result = read_run(run)
         trained = load_checkpoint_model(run)
     except (ValueError, OSError) as e:
         raise PublishError(f'{run}: {e}') from e
-    if output.exists() and not (output / 'config.json').is_file():
-        raise PublishError(f'{output} is there and no Hub folder: name another with --output')
+    _check_replaceable(output)
     output.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f'.{output.name}.', dir=output.parent))
     replaced = temporary.with_name(f'{temporary.name}.replaced')
@@ -77,6 +80,17 @@ def write_hub_folder(run: Path, repo_id: str, output: Path) -> Path:
         shutil.rmtree(temporary, ignore_errors=True)
     shutil.rmtree(replaced, ignore_errors=True)
     return output
+
+
+def _check_replaceable(output: Path) -> None:
+    if not output.exists():
+        return
+    if not (output / 'config.json').is_file():
+        raise PublishError(f'{output} is there and no Hub folder: name another with --output')
+    others = sorted({path.name for path in output.iterdir()} - _HUB_FILES)
+    if others:
+        raise PublishError(
+            f'{output} holds {others[0]}, which publish does not write and would delete: name another with --output')
 
 
 def _fill(folder: Path, run: Path, repo_id: str, result: RunResult, trained: TrainedModel) -> None:

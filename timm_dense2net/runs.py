@@ -67,6 +67,8 @@ def read_resumed_state(args: argparse.Namespace, processes: Processes) -> dict[s
 def _check_free(path: Path) -> None:
     if any((path / name).exists() for name in (CHECKPOINT_FILE, PREVIOUS_FILE)):
         raise ValueError(f'{path} already holds a run: go on with it by --resume {path}, or name another --experiment')
+    if (path / 'result.json').exists():
+        raise ValueError(f'{path} already holds a finished run, without its state: name another --experiment')
 
 
 def _default_experiment(args: argparse.Namespace) -> str:
