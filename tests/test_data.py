@@ -347,6 +347,8 @@ def test_parquet_columns_by_name(tmp_path):
         load_images(f'hfds/{tmp_path}/set', 'train', input_key='picture', **kwargs)
     with pytest.raises(ValueError, match="no image of class 'y'"):
         load_images(f'hfds/{tmp_path}/set', 'train', target_key='coarse_label', **kwargs)
+    with pytest.raises(ValueError, match="column 'img' holds images, not classes"):
+        load_images(f'hfds/{tmp_path}/set', 'train', target_key='img', **kwargs)
     with pytest.raises(ValueError, match="column 'fine_label' holds no images"):
         load_images(f'hfds/{tmp_path}/set', 'train', input_key='fine_label', **kwargs)
 

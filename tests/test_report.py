@@ -130,6 +130,15 @@ def test_what_a_run_was_given_beyond_its_recipe_is_told(tmp_path):
         assert read_run(run).overrides == told
 
 
+def test_a_run_given_twice_counts_once(tmp_path, capsys):
+    run = make_run(tmp_path, 'run')
+    (tmp_path / 'latest').symlink_to('run')
+    assert main([str(tmp_path / 'latest'), str(run), str(run)]) == 0
+    twice = capsys.readouterr().out
+    assert main([str(run)]) == 0
+    assert capsys.readouterr().out == twice
+
+
 def test_runs_of_no_packaged_recipe_tell_what_they_were_given(tmp_path):
     defaults = vars(build_parser().parse_args([]))
     bare = read_run(make_run(tmp_path, 'bare', dict(defaults, lr=0.3), recipe=None))
@@ -250,9 +259,10 @@ def test_results_csv_has_one_row_a_run_and_takes_a_run_only_once(tmp_path):
 def test_runs_of_one_name_are_not_taken_for_each_other(tmp_path, capsys):
     path = tmp_path / 'results.csv'
     first, second = make_run(tmp_path, 's4/seed1'), make_run(tmp_path, 's8/seed1', recipe='strong')
+    third = make_run(tmp_path, 'again/seed1')
     assert main([str(first), '--results', str(path)]) == 0
     before = path.read_bytes()
-    for runs in ([second], [first, first]):
+    for runs in ([second], [first, third]):
         assert main([*map(str, runs), '--results', str(path)]) == 1
         assert 'two runs are named seed1' in capsys.readouterr().err and path.read_bytes() == before
 

@@ -168,12 +168,15 @@ def _open_hfds(
         if found is None:
             raise FileNotFoundError(f'no {split} split, only {list(splits)}.')
         features = splits[found].features
+        target = _find_column(dataset, features, target_key, _LABEL_COLUMNS, datasets.ClassLabel)
+        if isinstance(features[target], datasets.Image):
+            raise ValueError(f'{dataset}: column {target!r} holds images, not classes.')
         return create_dataset(
             dataset,
             root=cache_dir,
             split=found,
             input_key=_find_column(dataset, features, input_key, ('img', 'image'), datasets.Image),
-            target_key=_find_column(dataset, features, target_key, _LABEL_COLUMNS, datasets.ClassLabel),
+            target_key=target,
         )
     except (FileNotFoundError, ConnectionError) as error:
         raise FileNotFoundError(f'{dataset}: {error}') from error

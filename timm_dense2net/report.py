@@ -271,7 +271,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.error('--check needs --readme and --results, and writes nothing: give no runs and no --output')
 
     results, bad = [], 0
-    for run in args.runs:
+    for run in dict.fromkeys(map(os.path.realpath, args.runs)):  # one given twice, perhaps by a link, counts once
         try:
             results.append(read_run(run))
         except ValueError as e:
