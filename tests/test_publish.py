@@ -408,6 +408,20 @@ def test_a_hub_folder_is_replaced_and_nothing_else_is(run, tmp_path, capsys):
     assert [path.name for path in own.iterdir()] == ['thesis.tex']
 
 
+@pytest.mark.skipif(sys.platform == 'win32', reason='needs limits of a process')
+def test_a_folder_that_cannot_be_written_is_one_error_and_leaves_nothing(run, capsys):
+    import resource
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        assert main([str(run), '--repo-id', REPO]) == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    error = capsys.readouterr().err
+    assert error.startswith('error: ') and error.count('\n') == 1 and 'large' in error
+    assert not [path.name for path in run.iterdir() if 'hub' in path.name]
+
+
 def test_runs_that_cannot_be_published_leave_nothing(run, tmp_path, capsys):
     for spoil, message in [
             (lambda: (run / 'last.safetensors').write_bytes(b'torn'), 'not a whole safetensors file'),

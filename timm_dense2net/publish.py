@@ -19,6 +19,7 @@ from typing import Any
 import yaml
 from huggingface_hub import HfApi, get_token
 from huggingface_hub.utils import HFValidationError, validate_repo_id
+from safetensors import SafetensorError
 from timm.models import save_for_hf
 
 from .card import first_model, hub_dataset, model_card
@@ -197,7 +198,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f'\n{(folder / "README.md").read_text(encoding="utf-8")}')
         if args.push:
             print(f'pushed: {push_hub_folder(folder, args.repo_id)}')
-    except (PublishError, OSError) as e:
+    except (PublishError, OSError, SafetensorError) as e:  # the last of a full disk, too
         print(f'error: {e}', file=sys.stderr)
         return 1
     return 0
