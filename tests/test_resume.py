@@ -306,6 +306,21 @@ def test_weights_of_a_later_epoch_are_not_tested_as_an_earlier_state(tmp_path, r
     assert (path / 'result.json').read_bytes() == before
 
 
+def test_images_held_out_of_data_that_grew_are_refused(tmp_path, capsys):
+    """Others would be held out, of which the run has trained on some."""
+    path = tmp_path / 'run'
+    assert run_here(arguments(tmp_path, '--epochs', '1', '--hold-out', '256')) == 0
+    state, before = read_state(path), (path / 'result.json').read_bytes()
+    assert state['train_images'] == 1437 - 256
+    save_state(path, state | dict(train_images=1179))
+    capsys.readouterr()
+    assert run_here(['--resume', path, '--epochs', '2']) == 1
+    assert 'beside 1179 that it trained on, now 1181 are left' in capsys.readouterr().err
+    assert (path / 'result.json').read_bytes() == before
+    save_state(path, state)
+    assert run_here(['--resume', path, '--epochs', '2']) == 0
+
+
 def test_run_that_is_there_is_not_overwritten(tmp_path, reference, capsys):
     assert run_here(arguments(reference.parent)) == 1
     assert 'already holds a run' in capsys.readouterr().err

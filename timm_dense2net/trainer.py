@@ -436,6 +436,7 @@ class Trainer:
         return dict(
             position=dict(epoch=self.epoch, batches_done=self.batches_done, updates=self.updates),
             epoch_size=self._epoch_size(),
+            train_images=len(self.train_loader.labels),
             metadata=self.weights_metadata,
             state_dict=self.model.state_dict(),
             state_dict_ema=self.ema.module.state_dict() if self.ema is not None else None,
@@ -466,7 +467,8 @@ class Trainer:
         """Puts the run where it was when `state` was taken.
 
         Raises:
-            ValueError: If the state belongs to another model or optimizer, or within an epoch to other data.
+            ValueError: If the state belongs to another model or optimizer, or to other data within an epoch or where
+                images are held out.
         """
         position = state['position']
         before, now = state['epoch_size'], self._epoch_size()
@@ -474,6 +476,12 @@ class Trainer:
             raise ValueError(
                 f'the state was saved within an epoch of {before}, now an epoch has {now}: go on with the same data and'
                 ' batch size')
+        images = len(self.train_loader.labels)
+        trained = state.get('train_images', images)
+        if self.args.hold_out and trained != images:
+            raise ValueError(
+                f'the run held out images beside {trained} that it trained on, now {images} are left: of those held out '
+                'now it may know some; go on with the same data')
         for name, part, saved in (
                 ('model', self.model, state['state_dict']),
                 ('ema', self.ema and self.ema.module, state['state_dict_ema']),
