@@ -256,7 +256,8 @@ _deprecated_models['res2net_converted'] = None
 
 def _own_out_indices(base: str, kwargs: Mapping[str, Any]) -> tuple[int, ...]:
     """The features that a model gives by default, where timm has the first five for any without a choice of its own."""
-    model_args = {key: value for key, value in kwargs.items() if key != 'cache_dir' and not key.startswith('pretrained')}
+    model_args = {
+        key: value for key, value in kwargs.items() if key != 'cache_dir' and not key.startswith('pretrained')}
     return timm.create_model(base, **dict(model_args, device='meta')).feature_info.out_indices
 
 

@@ -270,8 +270,9 @@ def main(argv: list[str] | None = None) -> int:
     if args.check and (not args.readme or args.runs or args.output):
         parser.error('--check needs --readme and --results, and writes nothing: give no runs and no --output')
 
+    runs = list(dict.fromkeys(map(os.path.realpath, args.runs)))  # one given twice, perhaps by a link, counts once
     results, bad = [], 0
-    for run in dict.fromkeys(map(os.path.realpath, args.runs)):  # one given twice, perhaps by a link, counts once
+    for run in runs:
         try:
             results.append(read_run(run))
         except ValueError as e:
@@ -296,5 +297,5 @@ def main(argv: list[str] | None = None) -> int:
     if written:
         print(f'wrote {", ".join(str(args.output / name) for name in written)}')
     if bad:
-        print(f'{bad} of {len(args.runs)} runs could not be read', file=sys.stderr)
+        print(f'{bad} of {len(runs)} runs could not be read', file=sys.stderr)
     return 1 if bad else 0

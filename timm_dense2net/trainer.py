@@ -480,8 +480,8 @@ class Trainer:
         trained = state.get('train_images', images)
         if self.args.hold_out and trained != images:
             raise ValueError(
-                f'the run held out images beside {trained} that it trained on, now {images} are left: of those held out '
-                'now it may know some; go on with the same data')
+                f'the run held out images beside {trained} that it trained on, now {images} are left: of those held out'
+                ' now it may know some; go on with the same data')
         for name, part, saved in (
                 ('model', self.model, state['state_dict']),
                 ('ema', self.ema and self.ema.module, state['state_dict_ema']),
